@@ -1,0 +1,1 @@
+"""The coordinator service: devices, communicators, groups and the control round that runs them."""

@@ -1,0 +1,240 @@
+"""A communicator: its ranks, its group, and how its last collective ended."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Coroutine, Sequence
+from typing import Any
+
+from dsml_gpu.coordinator import plan
+from dsml_gpu.coordinator.device_handle import DeviceHandle, in_order
+from dsml_gpu.coordinator.plan import Collective
+from dsml_gpu.errors import (
+    CommNotFound,
+    CommNotReady,
+    DsmlError,
+    GroupMisuse,
+    OperationAborted,
+    OperationTimeout,
+    PeerUnavailable,
+)
+from dsml_gpu.observe import metrics
+from dsml_gpu.wire import gpu_sim_pb2 as pb
+
+log = logging.getLogger(__name__)
+
+#: After one rank has failed the others are given so long to say why, before they are cancelled: the first to answer is
+#: often a peer of the one that knows.
+_EXPLANATION_S = 0.5
+
+
+class Communicator:
+    """Devices with ranks 0..n-1, and the collectives on them.
+
+    Args:
+        handles: rank r is ``handles[r]``.
+        forced_transport: number of ``enum Transport``.
+        stall_timeout_ms: a collective in which nothing moves for so long fails.
+        operation_timeout_s: a group fails when it takes longer, moving or not.
+    """
+
+    def __init__(
+        self,
+        comm_id: int,
+        handles: Sequence[DeviceHandle],
+        forced_transport: int,
+        stall_timeout_ms: int,
+        operation_timeout_s: float,
+    ) -> None:
+        self.comm_id = comm_id
+        self.handles = tuple(handles)
+        self._forced_transport = forced_transport
+        self._stall_timeout_ms = stall_timeout_ms
+        self._operation_timeout_s = operation_timeout_s
+        self._group: list[Collective] | None = None
+        self._finalized = False
+        self._running: set[asyncio.Task[Any]] = set()
+        self._last_status: pb.Status = pb.IN_PROGRESS
+        self._last_message = ""
+
+    @property
+    def nranks(self) -> int:
+        return len(self.handles)
+
+    @property
+    def status(self) -> tuple[pb.Status, str]:
+        """IN_PROGRESS until the first collective has ended and while one runs, else how the last one ended and why."""
+        if self._running:
+            return pb.IN_PROGRESS, ""
+        return self._last_status, self._last_message
+
+    async def join(self) -> None:
+        """Tells every device its rank and its peers. Raises what a device refuses with."""
+        devices = [handle.metadata for handle in self.handles]
+        await _all_or_first_error(
+            [
+                handle.call(
+                    "JoinComm",
+                    pb.JoinCommRequest(
+                        commId=self.comm_id,
+                        rank=rank,
+                        peers=plan.peers_of(devices, rank, self._forced_transport),
+                        deviceId=handle.device_id,
+                    ),
+                )
+                for rank, handle in enumerate(self.handles)
+            ]
+        )
+
+    async def leave(self) -> None:
+        """Tells every device that the communicator is over; a device that does not hear it is gone or forgets by itself."""
+        request = pb.LeaveCommRequest
+        results = await asyncio.gather(
+            *(
+                handle.call("LeaveComm", request(commId=self.comm_id, deviceId=handle.device_id))
+                for handle in self.handles
+            ),
+            return_exceptions=True,
+        )
+        for handle, result in zip(self.handles, results, strict=True):
+            if isinstance(result, DsmlError):
+                log.warning("%s was not told that communicator %d is over: %s", handle, self.comm_id, result)
+            elif isinstance(result, BaseException):
+                raise result
+
+    def group_start(self) -> None:
+        """Opens a group. Raises GroupMisuse where one is open."""
+        self._require_open()
+        if self._group is not None:
+            raise GroupMisuse(f"communicator {self.comm_id} has an open group of {len(self._group)} operations already")
+        self._group = []
+
+    async def group_end(self, wait: bool) -> pb.CollectiveResult | None:
+        """Runs the open group. Raises GroupMisuse where none is open, and what the group fails with when `wait` is set."""
+        if self._group is None:
+            raise GroupMisuse(f"communicator {self.comm_id} has no open group")
+        group, self._group = self._group, None
+        task = self._start(group)
+        if wait:
+            return await task
+        # Nobody waits: the status keeps the error.
+        task.add_done_callback(lambda done: done.cancelled() or done.exception())
+        return None
+
+    async def submit(self, collective: Collective) -> pb.CollectiveResult | None:
+        """Checks a collective against the devices' memory, then queues it in the open group or runs it.
+
+        Returns:
+            What it did; None when queued.
+        """
+        self._require_open()
+        for handle, addr in zip(self.handles, collective.addrs, strict=True):
+            handle.check(addr, collective.count)
+        if self._group is not None:
+            self._group.append(collective)
+            return None
+        return await self._start([collective])
+
+    async def finalize(self) -> None:
+        """Takes no more collectives, drops an open group, and waits for those that run. Idempotent."""
+        self._finalized = True
+        self._group = None
+        if self._running:
+            await asyncio.wait(list(self._running))
+
+    def _require_open(self) -> None:
+        if self._finalized:
+            raise CommNotReady(f"communicator {self.comm_id} was finalized and takes no more operations")
+
+    def _start(self, collectives: list[Collective]) -> asyncio.Task[pb.CollectiveResult]:
+        task = asyncio.ensure_future(self._run(collectives))
+        self._running.add(task)
+        task.add_done_callback(self._running.discard)
+        return task
+
+    async def _run(self, collectives: list[Collective]) -> pb.CollectiveResult:
+        what = str(collectives[0]) if len(collectives) == 1 else f"a group of {len(collectives)} operations"
+        try:
+            async with in_order(self.handles):
+                started_ns = time.perf_counter_ns()
+                bytes_sent = await self._control_round(collectives)
+                elapsed_ns = time.perf_counter_ns() - started_ns
+        except asyncio.CancelledError:
+            self._last_status, self._last_message = pb.FAILED, f"{what}: cancelled by the caller"
+            raise
+        except DsmlError as error:
+            named = type(error)(f"{what}: {error}")
+            self._last_status, self._last_message = pb.FAILED, str(named)
+            metrics.count_operations(collectives, failed=True)
+            raise named from error
+        self._last_status, self._last_message = pb.SUCCESS, ""
+        metrics.count_operations(collectives, elapsed_s=elapsed_ns / 1e9)
+        algorithms = {collective.algorithm for collective in collectives}
+        return pb.CollectiveResult(
+            algorithm=algorithms.pop() if len(algorithms) == 1 else "",
+            transports=self._transports(collectives) if bytes_sent else (),
+            elapsedNs=elapsed_ns,
+            bytesSent=bytes_sent,
+        )
+
+    async def _control_round(self, collectives: list[Collective]) -> int:
+        """One Execute on every rank, side by side; returns the payload bytes that all sent."""
+        device_ids = [handle.device_id for handle in self.handles]
+        requests = plan.execute_requests(self.comm_id, device_ids, collectives, self._stall_timeout_ms)
+        tasks = [
+            asyncio.ensure_future(self._execute(rank, handle, request))
+            for rank, (handle, request) in enumerate(zip(self.handles, requests, strict=True))
+        ]
+        try:
+            await asyncio.wait(tasks, return_when=asyncio.FIRST_EXCEPTION)
+            failed = any(task.done() and task.exception() for task in tasks)
+            if failed:
+                await asyncio.wait(tasks, timeout=_EXPLANATION_S)
+        finally:
+            await _cancel(tasks)
+        errors = [task.exception() for task in tasks if not task.cancelled() and task.exception()]
+        if errors:
+            raise min((error for error in errors if error is not None), key=_vagueness)
+        return sum(task.result() for task in tasks)
+
+    async def _execute(self, rank: int, handle: DeviceHandle, request: pb.ExecuteRequest) -> int:
+        try:
+            response = await handle.call("Execute", request, self._operation_timeout_s)
+        except CommNotFound:
+            raise PeerUnavailable(f"rank {rank}: {handle} has lost the communicator; its server was restarted") from None
+        except DsmlError as error:
+            raise type(error)(f"rank {rank} ({handle}): {error}") from error
+        return int(response.bytesSent)
+
+    def _transports(self, collectives: list[Collective]) -> list[pb.Transport]:
+        devices = [handle.metadata for handle in self.handles]
+        pairs = {pair for collective in collectives for pair in plan.pairs_of(collective.algorithm, self.nranks)}
+        used = {plan.choose_transport(devices[src], devices[dst], self._forced_transport) for src, dst in pairs}
+        return [pb.Transport.Name(number) for number in sorted(used)]
+
+
+def _vagueness(error: BaseException) -> int:
+    """Orders the errors of several ranks: what happened first, what followed from it last."""
+    if isinstance(error, OperationAborted):
+        return 3
+    if isinstance(error, OperationTimeout):
+        return 2
+    return 1 if isinstance(error, PeerUnavailable) else 0
+
+
+async def _all_or_first_error(work: list[Coroutine[Any, Any, Any]]) -> None:
+    tasks = [asyncio.ensure_future(coroutine) for coroutine in work]
+    try:
+        await asyncio.gather(*tasks)
+    finally:
+        await _cancel(tasks)
+
+
+async def _cancel(tasks: Sequence[asyncio.Task[Any]]) -> None:
+    unfinished = [task for task in tasks if not task.done()]
+    for task in unfinished:
+        task.cancel()
+    if unfinished:
+        await asyncio.gather(*unfinished, return_exceptions=True)

@@ -1,0 +1,156 @@
+"""The coordinator's side of one device, in its own process or behind a connection."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Iterable
+from contextlib import asynccontextmanager
+from typing import Any
+
+import grpc
+
+from dsml_gpu.errors import DsmlError, OperationTimeout, PeerUnavailable, ShuttingDown
+from dsml_gpu.memory.arena import check_range
+from dsml_gpu.wire import gpu_sim_pb2 as pb
+from dsml_gpu.wire.codec import Chunk
+from dsml_gpu.wire.status import error_of
+from dsml_gpu.wire.stubs import COPY_SLICE_BYTES
+
+#: For control messages that do no work.
+CONTROL_TIMEOUT_S = 5.0
+
+
+class DeviceHandle:
+    """One device as the coordinator sees it.
+
+    Args:
+        stub: GPUDevice stub, or an object with the same coroutine methods.
+        address: host:port of its server.
+        embedded: it lives in this process.
+        permanent: it stays when no communicator uses it.
+    """
+
+    def __init__(self, stub: Any, address: str, embedded: bool = False, permanent: bool = True) -> None:
+        self._stub = stub
+        self.address = address
+        self.embedded = embedded
+        self.permanent = permanent
+        self.reachable = False
+        self.metadata = pb.DeviceMetadata(address=address)
+        self.comm_ids: set[int] = set()
+        self._last_work: asyncio.Future[None] | None = None
+
+    @property
+    def device_id(self) -> int:
+        """0 until the device has answered once."""
+        return self.metadata.deviceId.value
+
+    def __str__(self) -> str:
+        return f"device {self.device_id or '?'} at {self.address}"
+
+    async def refresh(self) -> None:
+        """Asks the device who it is. Raises PeerUnavailable where it does not answer."""
+        self.reachable = False
+        response = await self.call("GetDeviceMetadata", pb.GetDeviceMetadataRequest(deviceId=self.device_id * self.embedded))
+        self.metadata.CopyFrom(response.metadata)
+        # The address that others reach it by is the one that reached it, not what it believes of itself.
+        self.metadata.address = self.address
+        self.reachable = True
+
+    async def call(self, method: str, request: Any, timeout_s: float = CONTROL_TIMEOUT_S) -> Any:
+        """One RPC to the device.
+
+        Raises:
+            PeerUnavailable: there is no connection to it, or it broke.
+            OperationTimeout: it did not answer in time.
+            DsmlError: what the device refused with.
+        """
+        try:
+            return await asyncio.wait_for(getattr(self._stub, method)(request), timeout_s)
+        except asyncio.TimeoutError:
+            raise OperationTimeout(f"{self} did not answer {method} within {timeout_s:g} s") from None
+        except grpc.RpcError as failure:
+            raise self._error(failure) from None
+
+    async def write(self, header: pb.DataChunk, chunks: AsyncIterator[Chunk]) -> int:
+        """Host to device: `chunks` are written one behind the other, from ``header.memAddr`` on. Returns the bytes written."""
+
+        async def with_header() -> AsyncIterator[Chunk]:
+            yield Chunk(b"", header)
+            async for chunk in chunks:
+                yield chunk
+
+        try:
+            return int((await self._stub.StreamHostToDevice(with_header())).numBytes)
+        except grpc.RpcError as failure:
+            raise self._error(failure) from None
+
+    async def read(self, addr: int, nbytes: int) -> AsyncIterator[Chunk]:
+        """Device to host, in pieces."""
+        request = pb.StreamDeviceToHostRequest(
+            deviceId=self.metadata.deviceId, memAddr=pb.MemAddr(value=addr), numBytes=nbytes
+        )
+        try:
+            async for chunk in self._stub.StreamDeviceToHost(request):
+                yield chunk
+        except grpc.RpcError as failure:
+            raise self._error(failure) from None
+
+    def check(self, addr: int, nbytes: int) -> None:
+        """Raises AddressOutOfRange unless the range lies in the device's memory."""
+        check_range(addr, nbytes, self.metadata.minMemAddr.value, self.metadata.maxMemAddr.value)
+
+    def _error(self, failure: grpc.RpcError) -> DsmlError:
+        error = error_of(failure)
+        if error.code == "UNAVAILABLE" and not isinstance(error, ShuttingDown):
+            self.reachable = False
+            return PeerUnavailable(f"{self} does not answer: {error}")
+        return error
+
+
+def pieces(data: bytes) -> AsyncIterator[Chunk]:
+    """Host bytes as the chunks of a streaming copy, without copying them."""
+
+    async def generate() -> AsyncIterator[Chunk]:
+        view = memoryview(data)
+        for start in range(0, len(view), COPY_SLICE_BYTES):
+            yield Chunk(view[start : start + COPY_SLICE_BYTES])
+
+    return generate()
+
+
+@asynccontextmanager
+async def in_order(handles: Iterable[DeviceHandle]) -> AsyncIterator[None]:
+    """Stream order: the body runs after everything that was issued earlier on any of the devices has ended.
+
+    The place in the order is taken at once, on all devices together, when the context is entered; so two operations on the
+    same devices can never wait for each other.
+    """
+    handles = list(handles)
+    earlier = {handle._last_work for handle in handles if handle._last_work is not None and not handle._last_work.done()}
+    ended = asyncio.get_running_loop().create_future()
+    for handle in handles:
+        handle._last_work = ended
+    try:
+        if earlier:
+            # The futures are others' too: `wait` does not cancel them when this task is cancelled.
+            await asyncio.wait(earlier)
+        yield
+    finally:
+        _end_after(ended, [work for work in earlier if not work.done()])
+
+
+def _end_after(ended: asyncio.Future[None], earlier: list[asyncio.Future[None]]) -> None:
+    """Ends a turn; one that was given up while it waited ends with what it waited for, so that later work cannot overtake."""
+    if not earlier:
+        ended.set_result(None)
+        return
+    remaining = set(earlier)
+
+    def done(work: asyncio.Future[None]) -> None:
+        remaining.discard(work)
+        if not remaining:
+            ended.set_result(None)
+
+    for work in earlier:
+        work.add_done_callback(done)

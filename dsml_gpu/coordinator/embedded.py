@@ -1,0 +1,74 @@
+"""Devices inside the coordinator's own process; the one file in which the coordinator knows the device package."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from dsml_gpu.coordinator.device_handle import DeviceHandle
+from dsml_gpu.device.device import Device
+from dsml_gpu.device.service import DeviceService, TransferSettings
+from dsml_gpu.errors import OutOfDevices
+from dsml_gpu.memory.arena import Arena
+from dsml_gpu.memory.backend import Backend
+
+__all__ = ["DeviceService", "EmbeddedDevices", "TransferSettings"]
+
+
+class EmbeddedDevices:
+    """Makes and ends devices of this process.
+
+    Args:
+        service: serves them to other device servers.
+        limit: how many there may be at a time.
+        memory_bytes: address space of each.
+        backend: where their memory is.
+    """
+
+    def __init__(self, service: DeviceService, limit: int, memory_bytes: int, backend: Backend) -> None:
+        self.service = service
+        self.limit = limit
+        self._memory_bytes = memory_bytes
+        self._backend = backend
+        self._count = 0
+
+    def __len__(self) -> int:
+        return self._count
+
+    def create(self, taken_ids: Iterable[int], permanent: bool) -> DeviceHandle:
+        """A new device with the lowest free id.
+
+        Raises:
+            OutOfDevices: the limit is reached.
+        """
+        if self._count >= self.limit:
+            raise OutOfDevices(f"the limit of {self.limit} embedded devices is reached")
+        taken = set(taken_ids)
+        device_id = next(number for number in range(1, len(taken) + 2) if number not in taken)
+        device = Device(device_id, Arena(self._memory_bytes, self._backend))
+        self.service.add(device)
+        self._count += 1
+        metadata = self.service.metadata(device)
+        handle = DeviceHandle(_LocalStub(self.service), metadata.address, embedded=True, permanent=permanent)
+        handle.metadata.CopyFrom(metadata)
+        handle.reachable = True
+        return handle
+
+    def end(self, handle: DeviceHandle) -> None:
+        """Ends a device; its memory goes back to the system."""
+        self.service.remove(handle.device_id)
+        self._count -= 1
+
+    async def close(self) -> None:
+        await self.service.close()
+
+
+class _LocalStub:
+    """Calls a servicer's methods as a stub would, without gRPC between."""
+
+    def __init__(self, service: DeviceService) -> None:
+        self._service = service
+
+    def __getattr__(self, method: str) -> Any:
+        call = getattr(self._service, method)
+        return lambda request: call(request, None)

@@ -1,0 +1,135 @@
+"""The devices a coordinator has, and who uses which."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Sequence
+
+from dsml_gpu.coordinator.device_handle import DeviceHandle
+from dsml_gpu.coordinator.embedded import EmbeddedDevices
+from dsml_gpu.errors import DeviceNotFound, DsmlError, InvalidValue, OutOfDevices, PeerUnavailable
+from dsml_gpu.transport.grpc import ChannelPool
+
+log = logging.getLogger(__name__)
+
+
+class DeviceRegistry:
+    """Devices of configured servers, and embedded ones.
+
+    Args:
+        addresses: host:port of device servers, in the order in which communicators take them.
+        embedded: makes devices of this process.
+        permanent_embedded: so many exist from the start and stay; above that they come and go with communicators.
+    """
+
+    def __init__(self, addresses: Sequence[str], embedded: EmbeddedDevices, permanent_embedded: int = 0) -> None:
+        self._channels = ChannelPool()
+        self._embedded = embedded
+        self._remote = [DeviceHandle(self._channels.stub(address), address) for address in addresses]
+        self._local: list[DeviceHandle] = []
+        for _ in range(permanent_embedded):
+            self._local.append(embedded.create(self._ids(), permanent=True))
+
+    @property
+    def handles(self) -> list[DeviceHandle]:
+        """All devices, configured ones first."""
+        return [*self._remote, *self._local]
+
+    def _ids(self) -> set[int]:
+        return {handle.device_id for handle in self.handles}
+
+    async def refresh(self) -> None:
+        """Asks every configured device server who it is; `handle.reachable` tells who answered.
+
+        Raises:
+            InvalidValue: two devices have the same id.
+        """
+        results = await asyncio.gather(*(handle.refresh() for handle in self._remote), return_exceptions=True)
+        for handle, result in zip(self._remote, results, strict=True):
+            if isinstance(result, DsmlError):
+                log.warning("%s", result)
+            elif isinstance(result, BaseException):
+                raise result
+        seen: dict[int, DeviceHandle] = {}
+        for handle in self.handles:
+            if handle.reachable and seen.setdefault(handle.device_id, handle) is not handle:
+                raise InvalidValue(
+                    f"device ids must differ, but the servers at {seen[handle.device_id].address} and {handle.address} "
+                    f"both say {handle.device_id}; start one of them with another --id"
+                )
+
+    def device(self, device_id: int) -> DeviceHandle:
+        """The device of an id.
+
+        Raises:
+            DeviceNotFound: there is none.
+        """
+        for handle in self.handles:
+            if handle.device_id == device_id != 0:
+                return handle
+        raise DeviceNotFound(f"no device {device_id}; there are {_id_list(self._ids())}")
+
+    async def take(self, count: int, comm_id: int) -> list[DeviceHandle]:
+        """`count` devices that no communicator uses, for `comm_id`: configured ones first, then embedded ones.
+
+        Raises:
+            OutOfDevices: there are not so many, and no more can be embedded.
+            PeerUnavailable: there would be, if all configured devices answered.
+        """
+        await self.refresh()
+        free = [handle for handle in self.handles if handle.reachable and not handle.comm_ids]
+        missing = count - len(free)
+        room = self._embedded.limit - len(self._embedded)
+        if missing > room:
+            silent = [handle.address for handle in self._remote if not handle.reachable and not handle.comm_ids]
+            message = (
+                f"{count} devices were asked for; {len(free)} of {len(self.handles)} are free, {room} more can be embedded"
+            )
+            if len(silent) >= missing - room:
+                raise PeerUnavailable(f"{message}, and these do not answer: {', '.join(silent)}")
+            raise OutOfDevices(f"{message}; destroy a communicator, or name the devices to share them")
+        for _ in range(missing):
+            handle = self._embedded.create(self._ids(), permanent=False)
+            self._local.append(handle)
+            free.append(handle)
+        return self._assign(free[:count], comm_id)
+
+    async def take_named(self, device_ids: Sequence[int], comm_id: int) -> list[DeviceHandle]:
+        """Exactly these devices, for `comm_id`, whoever else uses them.
+
+        Raises:
+            InvalidValue: an id stands twice.
+            DeviceNotFound: an id names no device.
+            PeerUnavailable: one does not answer.
+        """
+        if len(set(device_ids)) != len(device_ids):
+            raise InvalidValue(f"device ids must differ, got {list(device_ids)}")
+        await self.refresh()
+        handles = [self.device(device_id) for device_id in device_ids]
+        for handle in handles:
+            if not handle.reachable:
+                raise PeerUnavailable(f"{handle} does not answer")
+        return self._assign(handles, comm_id)
+
+    def release(self, handles: Sequence[DeviceHandle], comm_id: int) -> None:
+        """Gives devices back; embedded ones that were made on demand and that nobody uses end."""
+        for handle in handles:
+            handle.comm_ids.discard(comm_id)
+            if not handle.permanent and not handle.comm_ids:
+                self._local.remove(handle)
+                self._embedded.end(handle)
+
+    async def close(self) -> None:
+        """Closes the connections to device servers."""
+        await self._channels.close()
+
+    @staticmethod
+    def _assign(handles: list[DeviceHandle], comm_id: int) -> list[DeviceHandle]:
+        for handle in handles:
+            handle.comm_ids.add(comm_id)
+        return handles
+
+
+def _id_list(ids: set[int]) -> str:
+    return ", ".join(map(str, sorted(ids - {0}))) or "none"

@@ -1,0 +1,85 @@
+"""A coordinator as a running server: in a process of its own, or in a thread of somebody else's."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from dsml_gpu.coordinator.embedded import DeviceService, EmbeddedDevices, TransferSettings
+from dsml_gpu.coordinator.registry import DeviceRegistry
+from dsml_gpu.coordinator.service import CoordinatorService, CoordinatorSettings
+from dsml_gpu.memory.backend import NUMPY, Backend
+from dsml_gpu.wire.server import RpcServer
+from dsml_gpu.wire.stubs import DEFAULT_MAX_MESSAGE_BYTES
+
+#: Embedded devices that a coordinator without configured ones makes on demand.
+DEFAULT_EMBEDDED_LIMIT = 1024
+#: Address space of an embedded device.
+DEFAULT_MEMORY_BYTES = 1 << 30
+
+
+@dataclass(frozen=True)
+class CoordinatorConfig:
+    """Everything a coordinator is started with.
+
+    Attributes:
+        host, port: where it listens; port 0 takes a free one.
+        devices: host:port of device servers.
+        embedded: this many devices in the coordinator's process from the start. None: none beside configured devices,
+            and without those as many as are asked for, up to `DEFAULT_EMBEDDED_LIMIT`.
+        memory_bytes: address space of each embedded device.
+        backend: where embedded devices have their memory.
+        max_message_bytes: larger messages are refused.
+    """
+
+    host: str = "127.0.0.1"
+    port: int = 50052
+    devices: tuple[str, ...] = ()
+    embedded: int | None = None
+    memory_bytes: int = DEFAULT_MEMORY_BYTES
+    backend: Backend = NUMPY
+    max_message_bytes: int = DEFAULT_MAX_MESSAGE_BYTES
+    settings: CoordinatorSettings = field(default_factory=CoordinatorSettings)
+    transfers: TransferSettings = field(default_factory=TransferSettings)
+
+    @property
+    def embedded_limit(self) -> int:
+        if self.embedded is not None:
+            return self.embedded
+        return 0 if self.devices else DEFAULT_EMBEDDED_LIMIT
+
+
+class CoordinatorServer:
+    """Starts and stops a coordinator. All calls come from one event loop."""
+
+    def __init__(self, config: CoordinatorConfig) -> None:
+        self.config = config
+        self.rpc = RpcServer(config.host, config.port, config.max_message_bytes)
+
+    @property
+    def address(self) -> str:
+        """host:port for clients."""
+        return self.rpc.address
+
+    async def start(self) -> None:
+        """Listens, makes the embedded devices, asks the configured ones who they are, and serves.
+
+        Raises:
+            PortInUse: the address cannot be listened on.
+            InvalidValue: two device servers have the same device id.
+        """
+        config = self.config
+        self.rpc.bind()
+        # Embedded devices are peers of others: they are reached at the coordinator's own address.
+        devices = DeviceService(self.rpc.address, config.transfers)
+        self._embedded = EmbeddedDevices(devices, config.embedded_limit, config.memory_bytes, config.backend)
+        self.registry = DeviceRegistry(config.devices, self._embedded, permanent_embedded=config.embedded or 0)
+        self._service = CoordinatorService(self.registry, config.settings)
+        await self.registry.refresh()
+        await self.rpc.start({"GPUCoordinator": self._service, "GPUDevice": devices})
+
+    async def stop(self, drain_s: float = 10.0) -> None:
+        """Drains, takes leave of all devices, and stops."""
+        await self.rpc.stop(drain_s)
+        await self._service.close()
+        await self.registry.close()
+        await self._embedded.close()

@@ -1,0 +1,242 @@
+"""GPUCoordinator: the contract's messages to and from communicators and devices."""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from typing import Any
+
+from dsml_gpu.coordinator.communicator import Communicator
+from dsml_gpu.coordinator.device_handle import DeviceHandle, in_order, pieces
+from dsml_gpu.coordinator.plan import Collective
+from dsml_gpu.coordinator.registry import DeviceRegistry
+from dsml_gpu.errors import CommNotFound, InvalidValue, MissingField, RankMismatch
+from dsml_gpu.reduction import dtype_of, elements_in, operator_of
+from dsml_gpu.wire import gpu_sim_pb2 as pb
+from dsml_gpu.wire.codec import Chunk
+from dsml_gpu.wire.messages import require
+
+
+@dataclass(frozen=True, slots=True)
+class CoordinatorSettings:
+    """How a coordinator runs collectives.
+
+    Attributes:
+        transport: number of ``enum Transport`` for communicators that ask for none.
+        stall_timeout_s: a collective in which nothing moves for so long fails.
+        operation_timeout_s: a group that takes longer fails, moving or not.
+    """
+
+    transport: int = pb.AUTO
+    stall_timeout_s: float = 30.0
+    operation_timeout_s: float = 600.0
+
+
+class CoordinatorService:
+    """Servicer of GPUCoordinator."""
+
+    def __init__(self, registry: DeviceRegistry, settings: CoordinatorSettings) -> None:
+        self._registry = registry
+        self._settings = settings
+        self._comms: dict[int, Communicator] = {}
+        # Devices are chosen after a round of questions to their servers; nobody else may choose meanwhile.
+        self._choosing = asyncio.Lock()
+
+    async def close(self) -> None:
+        """Waits for running collectives and takes leave of all devices."""
+        await asyncio.gather(*(self._destroy(comm) for comm in list(self._comms.values())))
+
+    def _comm(self, comm_id: int) -> Communicator:
+        comm = self._comms.get(comm_id)
+        if comm is None:
+            raise CommNotFound(f"no communicator {comm_id}; {len(self._comms)} exist")
+        return comm
+
+    def _device(self, message: Any, field: str) -> DeviceHandle:
+        require(message, field)
+        return self._registry.device(getattr(message, field).value)
+
+    # ---- communicators ------------------------------------------------------------------------------------------------
+
+    async def CommInit(self, request: pb.CommInitRequest, context: Any) -> pb.CommInitResponse:
+        if request.numDevices == 0:
+            raise InvalidValue("numDevices is 0, expected at least 1")
+        if request.deviceIds and len(request.deviceIds) != request.numDevices:
+            raise InvalidValue(f"numDevices is {request.numDevices}, but {len(request.deviceIds)} deviceIds are named")
+        if request.transport not in pb.Transport.values():
+            raise InvalidValue(f"unknown transport {request.transport}; known: {', '.join(pb.Transport.keys())}")
+        comm_id = _new_comm_id()
+        async with self._choosing:
+            if request.deviceIds:
+                handles = await self._registry.take_named(list(request.deviceIds), comm_id)
+            else:
+                handles = await self._registry.take(request.numDevices, comm_id)
+        comm = Communicator(
+            comm_id,
+            handles,
+            forced_transport=request.transport or self._settings.transport,
+            stall_timeout_ms=round(self._settings.stall_timeout_s * 1000),
+            operation_timeout_s=self._settings.operation_timeout_s,
+        )
+        try:
+            await comm.join()
+        except BaseException:
+            self._registry.release(handles, comm_id)
+            raise
+        self._comms[comm_id] = comm
+        return pb.CommInitResponse(success=True, commId=comm_id, devices=[handle.metadata for handle in handles])
+
+    async def GetCommStatus(self, request: pb.GetCommStatusRequest, context: Any) -> pb.GetCommStatusResponse:
+        status, message = self._comm(request.commId).status
+        return pb.GetCommStatusResponse(status=status, message=message)
+
+    async def CommFinalize(self, request: pb.CommFinalizeRequest, context: Any) -> pb.CommFinalizeResponse:
+        comm = self._comm(request.commId)
+        await comm.finalize()
+        return pb.CommFinalizeResponse(status=comm.status[0])
+
+    async def CommDestroy(self, request: pb.CommDestroyRequest, context: Any) -> pb.CommDestroyResponse:
+        await self._destroy(self._comm(request.commId))
+        return pb.CommDestroyResponse()
+
+    async def _destroy(self, comm: Communicator) -> None:
+        await comm.finalize()
+        if self._comms.pop(comm.comm_id, None) is None:
+            return  # another call was faster
+        try:
+            await comm.leave()
+        finally:
+            self._registry.release(comm.handles, comm.comm_id)
+
+    async def ListDevices(self, request: pb.ListDevicesRequest, context: Any) -> pb.ListDevicesResponse:
+        await self._registry.refresh()
+        return pb.ListDevicesResponse(
+            devices=[
+                pb.DeviceStatus(
+                    metadata=handle.metadata,
+                    reachable=handle.reachable,
+                    commIds=sorted(handle.comm_ids),
+                    embedded=handle.embedded,
+                )
+                for handle in self._registry.handles
+            ]
+        )
+
+    # ---- collectives --------------------------------------------------------------------------------------------------
+
+    async def GroupStart(self, request: pb.GroupStartRequest, context: Any) -> pb.GroupStartResponse:
+        self._comm(request.commId).group_start()
+        return pb.GroupStartResponse(success=True)
+
+    async def GroupEnd(self, request: pb.GroupEndRequest, context: Any) -> pb.GroupEndResponse:
+        result = await self._comm(request.commId).group_end(wait=not request.nonBlocking)
+        return pb.GroupEndResponse(success=True, result=result)
+
+    async def AllReduceRing(self, request: pb.AllReduceRingRequest, context: Any) -> pb.AllReduceRingResponse:
+        result = await self._all_reduce("ring", request.commId, request, request.memAddrs)
+        return pb.AllReduceRingResponse(success=True, result=result)
+
+    async def NaiveAllReduce(self, request: pb.NaiveAllReduceRequest, context: Any) -> pb.NaiveAllReduceResponse:
+        result = await self._all_reduce("naive", request.comm_id, request, request.mem_addrs)
+        return pb.NaiveAllReduceResponse(success=True, result=result)
+
+    async def _all_reduce(self, algorithm: str, comm_id: int, request: Any, addrs: Any) -> pb.CollectiveResult | None:
+        comm = self._comm(comm_id)
+        operator_of(request.op)
+        elements_in(request.count, dtype_of(request.dtype))
+        collective = Collective(
+            name="all_reduce",
+            algorithm=algorithm,
+            addrs=_by_rank(addrs, comm.nranks),
+            count=request.count,
+            dtype=request.dtype,
+            op=request.op,
+        )
+        return await comm.submit(collective)
+
+    # ---- memory -------------------------------------------------------------------------------------------------------
+
+    async def Memcpy(self, request: pb.MemcpyRequest, context: Any) -> pb.MemcpyResponse:
+        if request.HasField("hostToDevice"):
+            to_device = request.hostToDevice
+            handle = self._device(to_device, "dstDeviceId")
+            require(to_device, "dstMemAddr")
+            await self._write(handle, to_device.dstMemAddr.value, len(to_device.hostSrcData), pieces(to_device.hostSrcData))
+            return pb.MemcpyResponse(hostToDevice=pb.MemcpyHostToDeviceResponse(success=True))
+        if request.HasField("deviceToHost"):
+            to_host = request.deviceToHost
+            handle = self._device(to_host, "srcDeviceId")
+            require(to_host, "srcMemAddr")
+            data = [chunk.data async for chunk in self._read(handle, to_host.srcMemAddr.value, to_host.numBytes)]
+            return pb.MemcpyResponse(deviceToHost=pb.MemcpyDeviceToHostResponse(dstData=b"".join(data)))
+        raise MissingField("MemcpyRequest needs one of hostToDevice and deviceToHost, and has neither")
+
+    async def StreamHostToDevice(self, chunks: AsyncIterator[Chunk], context: Any) -> pb.StreamHostToDeviceResponse:
+        first = await anext(chunks, None)
+        if first is None or first.header is None:
+            raise MissingField("the first chunk of StreamHostToDevice must carry deviceId and memAddr")
+        header = first.header
+        handle = self._device(header, "deviceId")
+        require(header, "memAddr")
+
+        async def all_chunks() -> AsyncIterator[Chunk]:
+            yield Chunk(first.data)
+            async for chunk in chunks:
+                yield chunk
+
+        written = await self._write(handle, header.memAddr.value, header.numBytes, all_chunks())
+        return pb.StreamHostToDeviceResponse(numBytes=written)
+
+    async def StreamDeviceToHost(self, request: pb.StreamDeviceToHostRequest, context: Any) -> AsyncIterator[Chunk]:
+        handle = self._device(request, "deviceId")
+        require(request, "memAddr")
+        async for chunk in self._read(handle, request.memAddr.value, request.numBytes):
+            yield chunk
+
+    async def _write(self, handle: DeviceHandle, addr: int, nbytes: int, chunks: AsyncIterator[Chunk]) -> int:
+        handle.check(addr, nbytes)
+        header = pb.DataChunk(
+            deviceId=handle.metadata.deviceId, memAddr=pb.MemAddr(value=addr), numBytes=nbytes
+        )
+        async with in_order([handle]):
+            return await handle.write(header, chunks)
+
+    async def _read(self, handle: DeviceHandle, addr: int, nbytes: int) -> AsyncIterator[Chunk]:
+        handle.check(addr, nbytes)
+        async with in_order([handle]):
+            async for chunk in handle.read(addr, nbytes):
+                yield chunk
+
+    async def Malloc(self, request: pb.MallocRequest, context: Any) -> pb.MallocResponse:
+        handle = self._device(request, "deviceId")
+        if request.commId and request.commId not in handle.comm_ids:
+            raise CommNotFound(f"{handle} is in no communicator {request.commId}")
+        response: pb.MallocResponse = await handle.call("Malloc", request)
+        return response
+
+    async def Free(self, request: pb.FreeRequest, context: Any) -> pb.FreeResponse:
+        response: pb.FreeResponse = await self._device(request, "deviceId").call("Free", request)
+        return response
+
+
+def _new_comm_id() -> int:
+    """Drawn at random, so that coordinators that share devices do not collide; below 2**53, for JavaScript's numbers."""
+    return secrets.randbelow((1 << 53) - 1) + 1
+
+
+def _by_rank(addrs: Any, nranks: int) -> tuple[int, ...]:
+    for rank in range(nranks):
+        if rank not in addrs:
+            raise RankMismatch(f"rank {rank} has no address; {nranks} ranks need one each, got {_ranks(addrs)}")
+    if len(addrs) > nranks:
+        raise RankMismatch(f"{len(addrs)} addresses for {nranks} ranks: {_ranks(addrs)}")
+    return tuple(addrs[rank].value for rank in range(nranks))
+
+
+def _ranks(addrs: Any) -> str:
+    shown = sorted(addrs)[:20]
+    return f"addresses for ranks {', '.join(map(str, shown))}" if shown else "none"
+
+

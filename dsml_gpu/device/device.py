@@ -1,0 +1,90 @@
+"""One device: its memory, and the communicators it is a rank of."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from dsml_gpu.errors import CommNotFound, InvalidValue
+from dsml_gpu.memory.allocator import Allocator
+from dsml_gpu.memory.arena import Arena
+
+
+@dataclass(frozen=True, slots=True)
+class Peer:
+    """Where a rank's device is.
+
+    Attributes:
+        p2p: its memory is read directly; otherwise slices come and go by StreamSend.
+    """
+
+    rank: int
+    device_id: int
+    address: str
+    p2p: bool
+
+    def __str__(self) -> str:
+        return f"rank {self.rank} (device {self.device_id} at {self.address})"
+
+
+@dataclass(frozen=True, slots=True)
+class Membership:
+    """A device's place in a communicator."""
+
+    comm_id: int
+    rank: int
+    peers: tuple[Peer, ...]
+
+    @property
+    def nranks(self) -> int:
+        return len(self.peers)
+
+    def peer(self, rank: int) -> Peer:
+        """The peer of a rank.
+
+        Raises:
+            InvalidValue: no such rank.
+        """
+        if rank >= self.nranks:
+            raise InvalidValue(f"rank {rank} is not one of the {self.nranks} ranks of communicator {self.comm_id}")
+        return self.peers[rank]
+
+
+class Device:
+    """One device of a server. Not thread-safe: everything happens in the server's event loop.
+
+    Args:
+        device_id: unique among the devices of a coordinator; not 0.
+        arena: its memory.
+    """
+
+    def __init__(self, device_id: int, arena: Arena) -> None:
+        self.device_id = device_id
+        self.arena = arena
+        self.allocator = Allocator(arena.min_addr, arena.max_addr)
+        self._memberships: dict[int, Membership] = {}
+
+    def join(self, membership: Membership) -> None:
+        """Enters a communicator; replaces what the device knew of it."""
+        if not 0 <= membership.rank < membership.nranks:
+            raise InvalidValue(f"rank {membership.rank} is not one of {membership.nranks} ranks")
+        self._memberships[membership.comm_id] = membership
+
+    def leave(self, comm_id: int) -> None:
+        """Forgets a communicator and frees what was allocated for it. Idempotent."""
+        self._memberships.pop(comm_id, None)
+        if comm_id:
+            self.allocator.free_all(comm_id)
+
+    def membership(self, comm_id: int) -> Membership:
+        """The device's place in a communicator.
+
+        Raises:
+            CommNotFound: it has not joined it.
+        """
+        membership = self._memberships.get(comm_id)
+        if membership is None:
+            raise CommNotFound(f"device {self.device_id} has not joined communicator {comm_id}")
+        return membership
+
+    def __repr__(self) -> str:
+        return f"Device({self.device_id}, {self.arena!r}, {len(self._memberships)} communicators)"

@@ -1,0 +1,161 @@
+"""The low-level way: single transfers that somebody else's coordinator drives by BeginSend and BeginReceive."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import OrderedDict
+from collections.abc import Coroutine
+from dataclasses import dataclass
+from enum import IntEnum
+from typing import Any
+
+from dsml_gpu.device.device import Device, Peer
+from dsml_gpu.errors import DsmlError, OperationAborted, OperationTimeout, StreamInUse, StreamLength, StreamNotFound
+from dsml_gpu.transport.grpc import ChannelPool, GrpcSendLink
+from dsml_gpu.transport.incoming import Incoming, IncomingTable
+from dsml_gpu.transport.link import new_stream_id
+from dsml_gpu.wire.stubs import COPY_SLICE_BYTES
+
+#: Ended streams whose status is remembered.
+_MAX_ENDED = 1 << 16
+
+
+class StreamState(IntEnum):
+    """As ``enum Status`` on the wire."""
+
+    IN_PROGRESS = 0
+    SUCCESS = 1
+    FAILED = 2
+
+
+@dataclass(slots=True)
+class StreamStatus:
+    """How one end of a stream stands, and why when it failed."""
+
+    state: StreamState = StreamState.IN_PROGRESS
+    message: str = ""
+
+
+class PointToPoint:
+    """The single transfers of one server.
+
+    Args:
+        incoming: where StreamSend calls arrive.
+        channels: to the peers' servers.
+        stall_timeout_s: a transfer that does not move for so long fails.
+    """
+
+    def __init__(self, incoming: IncomingTable, channels: ChannelPool, stall_timeout_s: float) -> None:
+        self._incoming = incoming
+        self._channels = channels
+        self._stall_timeout_s = stall_timeout_s
+        self._streams: OrderedDict[int, StreamStatus] = OrderedDict()
+        self._receiving: set[int] = set()
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    def begin_send(self, device: Device, addr: int, nbytes: int, peer: Peer) -> int:
+        """Starts to send device memory to a peer; returns the new stream's id at once.
+
+        Raises:
+            AddressOutOfRange: the buffer leaves the device's memory.
+        """
+        device.arena.check(addr, nbytes)
+        stream_id = new_stream_id()
+        link = GrpcSendLink(self._channels.stub(peer.address), stream_id, device.arena.backend, str(peer))
+        self._follow(stream_id, self._send(device, addr, nbytes, link))
+        return stream_id
+
+    def begin_receive(self, device: Device, stream_id: int, addr: int, nbytes: int) -> None:
+        """Starts to receive a stream into device memory; returns at once.
+
+        Raises:
+            AddressOutOfRange: the buffer leaves the device's memory.
+            StreamInUse: the stream has a receiver already.
+        """
+        device.arena.check(addr, nbytes)
+        if stream_id in self._receiving:
+            raise StreamInUse(f"stream {stream_id} has a receiver already")
+        stream = self._incoming.claim(stream_id)
+        self._follow(stream_id, self._receive(device, addr, nbytes, stream))
+        self._receiving.add(stream_id)
+
+    def status(self, stream_id: int) -> StreamStatus:
+        """How a stream stands.
+
+        Raises:
+            StreamNotFound: it never was one of this server, or ended very long ago.
+        """
+        status = self._streams.get(stream_id)
+        if status is None:
+            raise StreamNotFound(f"no stream {stream_id} on this server")
+        return status
+
+    async def close(self) -> None:
+        """Gives up all transfers."""
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    def _follow(self, stream_id: int, transfer: Coroutine[Any, Any, None]) -> None:
+        # Both ends of a stream may be on this server; then it counts as ended when the later one has.
+        status = self._streams.setdefault(stream_id, StreamStatus())
+
+        async def run() -> None:
+            try:
+                await transfer
+            except DsmlError as error:
+                status.state, status.message = StreamState.FAILED, str(error)
+            except asyncio.CancelledError:
+                status.state, status.message = StreamState.FAILED, "the server shut down"
+                raise
+            else:
+                if status.state is not StreamState.FAILED:
+                    status.state = StreamState.SUCCESS
+            finally:
+                self._forget_oldest()
+
+        task = asyncio.ensure_future(run())
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    def _forget_oldest(self) -> None:
+        while len(self._streams) > _MAX_ENDED:
+            stream_id, _ = self._streams.popitem(last=False)
+            self._receiving.discard(stream_id)
+
+    async def _send(self, device: Device, addr: int, nbytes: int, link: GrpcSendLink) -> None:
+        # Every wait inside is for flow control or for the answer; one deadline for each keeps a slow peer from counting
+        # as a dead one.
+        try:
+            for start in range(0, nbytes, COPY_SLICE_BYTES):
+                data = device.arena.view(addr + start, min(COPY_SLICE_BYTES, nbytes - start))
+                await self._in_time(link.send(data, lambda: None), "room at the receiver")
+            await self._in_time(link.finish(), "the receiver's answer")
+        except BaseException:
+            link.abort(OperationAborted("the sender gave up"))
+            raise
+
+    async def _receive(self, device: Device, addr: int, nbytes: int, stream: Incoming) -> None:
+        try:
+            received = 0
+            while (message := await self._in_time(stream.messages.get(), "data")) is not None:
+                if received + len(message) > nbytes:
+                    raise StreamLength(f"expected {nbytes} bytes, got at least {received + len(message)}")
+                device.arena.write(addr + received, message)
+                received += len(message)
+            if received < nbytes:
+                raise StreamLength(f"expected {nbytes} bytes, got {received}")
+            device.arena.backend.synchronize()
+            stream.complete()
+        except DsmlError as error:
+            stream.fail(error)
+            raise
+        except asyncio.CancelledError:
+            stream.fail(OperationAborted("the receiver shut down"))
+            raise
+
+    async def _in_time(self, step: Coroutine[Any, Any, Any], what: str) -> Any:
+        try:
+            return await asyncio.wait_for(step, self._stall_timeout_s)
+        except asyncio.TimeoutError:
+            raise OperationTimeout(f"waited {self._stall_timeout_s:g} s for {what}") from None

@@ -1,0 +1,263 @@
+"""GPUDevice: the contract's messages to and from the devices of one server process."""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+from dsml_gpu.device.device import Device, Membership, Peer
+from dsml_gpu.device.executor import GroupExecution, Links, Operation
+from dsml_gpu.device.point_to_point import PointToPoint
+from dsml_gpu.errors import CommNotReady, DeviceNotFound, DsmlError, InvalidValue, MissingField, OperationAborted, StreamLength
+from dsml_gpu.reduction import dtype_of, elements_in, operator_of
+from dsml_gpu.schedules import Kind, Move, Program
+from dsml_gpu.transport.grpc import ChannelPool, GrpcRecvLink, GrpcSendLink, serve_stream_send
+from dsml_gpu.transport.incoming import IncomingTable
+from dsml_gpu.transport.link import RecvLink, SendLink
+from dsml_gpu.transport.p2p import PipeTable
+from dsml_gpu.wire import gpu_sim_pb2 as pb
+from dsml_gpu.wire.codec import Chunk
+from dsml_gpu.wire.messages import require
+from dsml_gpu.wire.stubs import COPY_SLICE_BYTES
+
+#: Bounds on what a request can make a server build.
+_MAX_CHUNKS = 1 << 17
+_MIN_SLICE_BYTES = 4 << 10
+
+
+@dataclass(frozen=True, slots=True)
+class TransferSettings:
+    """How a server's devices move data.
+
+    Attributes:
+        slice_bytes: chunks are cut into messages of this size.
+        stall_timeout_s: whatever does not move for so long fails.
+    """
+
+    slice_bytes: int = 512 << 10
+    stall_timeout_s: float = 30.0
+
+
+class DeviceService:
+    """Servicer of GPUDevice for one or more devices of this process.
+
+    Methods named as RPCs take ``(request, context)`` and never use the context, so that a coordinator can call them in its
+    own process.
+
+    Args:
+        address: host:port of the server, as others reach it.
+        settings: defaults for requests that name none.
+    """
+
+    def __init__(self, address: str, settings: TransferSettings) -> None:
+        self._address = address
+        self._process_uid = secrets.token_hex(8)
+        self._settings = settings
+        self._devices: dict[int, Device] = {}
+        self._incoming = IncomingTable(self._settings.stall_timeout_s)
+        self._pipes = PipeTable(self._settings.stall_timeout_s)
+        self._channels = ChannelPool()
+        self._point_to_point = PointToPoint(self._incoming, self._channels, self._settings.stall_timeout_s)
+
+    def add(self, device: Device) -> None:
+        """Serves one more device."""
+        self._devices[device.device_id] = device
+
+    def remove(self, device_id: int) -> None:
+        """Serves a device no more; its memory goes when nothing uses it."""
+        del self._devices[device_id]
+
+    async def close(self) -> None:
+        """Gives up all transfers and closes the connections to peers."""
+        await self._point_to_point.close()
+        await self._channels.close()
+
+    def _device(self, device_id: int) -> Device:
+        if device_id == 0:
+            if len(self._devices) == 1:
+                return next(iter(self._devices.values()))
+            raise InvalidValue(f"this server hosts {len(self._devices)} devices; name one by its id")
+        device = self._devices.get(device_id)
+        if device is None:
+            raise DeviceNotFound(f"no device {device_id} on this server; it hosts {sorted(self._devices) or 'none'}")
+        return device
+
+    # ---- the original contract ----------------------------------------------------------------------------------------
+
+    async def GetDeviceMetadata(self, request: pb.GetDeviceMetadataRequest, context: Any) -> pb.GetDeviceMetadataResponse:
+        return pb.GetDeviceMetadataResponse(metadata=self.metadata(self._device(request.deviceId)))
+
+    def metadata(self, device: Device) -> pb.DeviceMetadata:
+        """What the contract tells of a device."""
+        arena = device.arena
+        return pb.DeviceMetadata(
+            deviceId=pb.DeviceId(value=device.device_id),
+            minMemAddr=pb.MemAddr(value=arena.min_addr),
+            maxMemAddr=pb.MemAddr(value=arena.max_addr),
+            address=self._address,
+            backend=arena.backend.name,
+            deviceName=arena.backend.device_name,
+            processUid=self._process_uid,
+        )
+
+    async def BeginSend(self, request: pb.BeginSendRequest, context: Any) -> pb.BeginSendResponse:
+        require(request, "sendBuffAddr", "dstRank")
+        device = self._device(request.deviceId)
+        device.arena.check(request.sendBuffAddr.value, request.numBytes)
+        peer = _joined(device, request.commId).peer(request.dstRank.value)
+        stream_id = self._point_to_point.begin_send(device, request.sendBuffAddr.value, request.numBytes, peer)
+        return pb.BeginSendResponse(initiated=True, streamId=pb.StreamId(value=stream_id))
+
+    async def BeginReceive(self, request: pb.BeginReceiveRequest, context: Any) -> pb.BeginReceiveResponse:
+        require(request, "streamId", "recvBuffAddr", "srcRank")
+        if request.streamId.value == 0:
+            raise InvalidValue("streamId is 0, expected the id that BeginSend gave")
+        device = self._device(request.deviceId)
+        device.arena.check(request.recvBuffAddr.value, request.numBytes)
+        _joined(device, request.commId).peer(request.srcRank.value)
+        self._point_to_point.begin_receive(device, request.streamId.value, request.recvBuffAddr.value, request.numBytes)
+        return pb.BeginReceiveResponse(initiated=True)
+
+    async def StreamSend(self, chunks: AsyncIterator[Chunk], context: Any) -> pb.StreamSendResponse:
+        await serve_stream_send(self._incoming, chunks)
+        return pb.StreamSendResponse(success=True)
+
+    async def GetStreamStatus(self, request: pb.GetStreamStatusRequest, context: Any) -> pb.GetStreamStatusResponse:
+        require(request, "streamId")
+        status = self._point_to_point.status(request.streamId.value)
+        return pb.GetStreamStatusResponse(status=pb.Status.Name(status.state), message=status.message)
+
+    # ---- additive -----------------------------------------------------------------------------------------------------
+
+    async def JoinComm(self, request: pb.JoinCommRequest, context: Any) -> pb.JoinCommResponse:
+        peers = tuple(
+            Peer(rank, peer.deviceId, peer.address, peer.transport == pb.P2P) for rank, peer in enumerate(request.peers)
+        )
+        self._device(request.deviceId).join(Membership(request.commId, request.rank, peers))
+        return pb.JoinCommResponse()
+
+    async def LeaveComm(self, request: pb.LeaveCommRequest, context: Any) -> pb.LeaveCommResponse:
+        self._device(request.deviceId).leave(request.commId)
+        return pb.LeaveCommResponse()
+
+    async def Execute(self, request: pb.ExecuteRequest, context: Any) -> pb.ExecuteResponse:
+        device = self._device(request.deviceId)
+        membership = device.membership(request.commId)
+        programs = [_program(program.SerializeToString()) for program in request.programs]
+        operations = [_operation(operation, programs) for operation in request.operations]
+        for operation in operations:
+            device.arena.check(operation.addr, operation.elements * operation.dtype.itemsize)
+        slice_bytes = request.sliceBytes or self._settings.slice_bytes
+        if slice_bytes < _MIN_SLICE_BYTES or slice_bytes % 8:
+            raise InvalidValue(f"sliceBytes must be a multiple of 8 from {_MIN_SLICE_BYTES} up, not {slice_bytes}")
+        stall_timeout_s = request.stallTimeoutMs / 1000 or self._settings.stall_timeout_s
+        links = self._open_links(device, membership, request.links, programs)
+        execution = GroupExecution(device.arena, membership.nranks, links, slice_bytes, stall_timeout_s)
+        await execution.run(operations)
+        return pb.ExecuteResponse(bytesSent=execution.bytes_sent)
+
+    def _open_links(self, device: Device, membership: Membership, links: Any, programs: list[Program]) -> Links:
+        send: dict[int, SendLink] = {}
+        recv: dict[int, RecvLink] = {}
+        try:
+            for link in links:
+                peer = membership.peer(link.peer)
+                if link.sendStreamId:
+                    send[peer.rank] = self._send_link(device, peer, link.sendStreamId)
+                if link.recvStreamId:
+                    recv[peer.rank] = self._recv_link(device, peer, link.recvStreamId)
+            for program in programs:
+                for step in program.steps:
+                    for move in step:
+                        if move.peer not in (send if move.kind is Kind.SEND else recv):
+                            raise InvalidValue(f"{move} needs a link that the request does not name")
+        except DsmlError as error:
+            Links(send, recv).abort(OperationAborted(str(error)))
+            raise
+        return Links(send, recv)
+
+    def _send_link(self, device: Device, peer: Peer, stream_id: int) -> SendLink:
+        if peer.p2p:
+            return self._pipes.open_send(stream_id)
+        return GrpcSendLink(self._channels.stub(peer.address), stream_id, device.arena.backend, str(peer))
+
+    def _recv_link(self, device: Device, peer: Peer, stream_id: int) -> RecvLink:
+        if peer.p2p:
+            return self._pipes.open_recv(stream_id)
+        return GrpcRecvLink(self._incoming.claim(stream_id), device.arena.backend, str(peer))
+
+    async def Malloc(self, request: pb.MallocRequest, context: Any) -> pb.MallocResponse:
+        addr = self._device(request.deviceId.value).allocator.malloc(request.numBytes, request.commId)
+        return pb.MallocResponse(memAddr=pb.MemAddr(value=addr))
+
+    async def Free(self, request: pb.FreeRequest, context: Any) -> pb.FreeResponse:
+        require(request, "memAddr")
+        self._device(request.deviceId.value).allocator.free(request.memAddr.value)
+        return pb.FreeResponse()
+
+    async def StreamHostToDevice(self, chunks: AsyncIterator[Chunk], context: Any) -> pb.StreamHostToDeviceResponse:
+        first = await anext(chunks, None)
+        header = None if first is None else first.header
+        if first is None or header is None or not header.HasField("memAddr"):
+            raise MissingField("the first chunk of StreamHostToDevice must carry deviceId and memAddr")
+        device, addr = self._device(header.deviceId.value), header.memAddr.value
+        announced = header.numBytes
+        device.arena.check(addr, announced)
+        written = 0
+        chunk: Chunk | None = first
+        while chunk is not None:
+            data = memoryview(chunk.data)
+            if announced and written + data.nbytes > announced:
+                raise StreamLength(f"{announced} bytes were announced, {written + data.nbytes} came")
+            device.arena.write(addr + written, data)
+            written += data.nbytes
+            chunk = await anext(chunks, None)
+        if announced and written != announced:
+            raise StreamLength(f"{announced} bytes were announced, {written} came")
+        device.arena.backend.synchronize()
+        return pb.StreamHostToDeviceResponse(numBytes=written)
+
+    async def StreamDeviceToHost(self, request: pb.StreamDeviceToHostRequest, context: Any) -> AsyncIterator[Chunk]:
+        require(request, "memAddr")
+        device = self._device(request.deviceId.value)
+        addr, nbytes = request.memAddr.value, request.numBytes
+        device.arena.check(addr, nbytes)
+        for start in range(0, nbytes, COPY_SLICE_BYTES):
+            yield Chunk(device.arena.read(addr + start, min(COPY_SLICE_BYTES, nbytes - start)))
+
+
+def _joined(device: Device, comm_id: int) -> Membership:
+    try:
+        return device.membership(comm_id)
+    except DsmlError as error:
+        raise CommNotReady(f"{error}; JoinComm tells a device where its peers are") from None
+
+
+@lru_cache(maxsize=256)
+def _program(message: bytes) -> Program:
+    """A program from its wire bytes; the same few come again and again."""
+    wire = pb.Program.FromString(message)
+    if not 1 <= wire.nchunks <= _MAX_CHUNKS:
+        raise InvalidValue(f"a program needs 1 to {_MAX_CHUNKS} chunks, not {wire.nchunks}")
+    steps = []
+    for step in wire.steps:
+        moves = []
+        for move in step.moves:
+            if move.kind not in Kind._value2member_map_:
+                raise InvalidValue(f"unknown kind of move {move.kind}")
+            if move.chunk >= wire.nchunks:
+                raise InvalidValue(f"chunk {move.chunk} is not one of {wire.nchunks}")
+            moves.append(Move(Kind(move.kind), move.peer, move.chunk))
+        steps.append(tuple(sorted(moves, key=lambda move: move.kind is not Kind.SEND)))
+    return Program(wire.nchunks, tuple(steps))
+
+
+def _operation(wire: pb.Operation, programs: list[Program]) -> Operation:
+    dtype = dtype_of(wire.dtype)
+    if wire.program >= len(programs):
+        raise InvalidValue(f"program {wire.program} is not one of the request's {len(programs)}")
+    elements = elements_in(wire.count, dtype)
+    return Operation(programs[wire.program], wire.memAddr, elements, dtype, operator_of(wire.op))

@@ -1,0 +1,183 @@
+"""One exception class per refusal.
+
+A server raises these, the wire carries class and message (gRPC status code, message, and the trailing metadata key
+``dsml-refusal``), and the client raises the same class again. The names and codes are those of ``enum Refusal`` in
+``proto/gpu_sim.proto``, which says what each means.
+
+This module imports nothing, so every layer may use it.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+
+class DsmlError(Exception):
+    """Base of everything that dsml_gpu refuses or fails with.
+
+    Attributes:
+        code: name of the canonical gRPC status code, for example ``"NOT_FOUND"``.
+        refusal: name in ``enum Refusal``.
+    """
+
+    code: ClassVar[str] = "UNKNOWN"
+    refusal: ClassVar[str] = "REFUSAL_UNSPECIFIED"
+
+
+class InvalidArgument(DsmlError, ValueError):
+    """A request that no state of the server could make valid."""
+
+    code = "INVALID_ARGUMENT"
+    refusal = "INVALID_VALUE"
+
+
+class MalformedMessage(InvalidArgument):
+    refusal = "MALFORMED_MESSAGE"
+
+
+class MissingField(InvalidArgument):
+    refusal = "MISSING_FIELD"
+
+
+class InvalidValue(InvalidArgument):
+    refusal = "INVALID_VALUE"
+
+
+class CountNotMultiple(InvalidArgument):
+    refusal = "COUNT_NOT_MULTIPLE"
+
+
+class RankMismatch(InvalidArgument):
+    refusal = "RANK_MISMATCH"
+
+
+class NotFound(DsmlError, LookupError):
+    """An id that names nothing (any more)."""
+
+    code = "NOT_FOUND"
+
+
+class CommNotFound(NotFound):
+    refusal = "COMM_NOT_FOUND"
+
+
+class DeviceNotFound(NotFound):
+    refusal = "DEVICE_NOT_FOUND"
+
+
+class StreamNotFound(NotFound):
+    refusal = "STREAM_NOT_FOUND"
+
+
+class AllocationNotFound(NotFound):
+    refusal = "ALLOCATION_NOT_FOUND"
+
+
+class AddressOutOfRange(DsmlError, IndexError):
+    code = "OUT_OF_RANGE"
+    refusal = "ADDRESS_OUT_OF_RANGE"
+
+
+class FailedPrecondition(DsmlError):
+    """A valid request at a moment when it is not allowed."""
+
+    code = "FAILED_PRECONDITION"
+
+
+class GroupMisuse(FailedPrecondition):
+    refusal = "GROUP_MISUSE"
+
+
+class CommNotReady(FailedPrecondition):
+    refusal = "COMM_NOT_READY"
+
+
+class AmbiguousStream(FailedPrecondition):
+    refusal = "AMBIGUOUS_STREAM"
+
+
+class StreamInUse(DsmlError):
+    code = "ALREADY_EXISTS"
+    refusal = "STREAM_IN_USE"
+
+
+class ResourceExhausted(DsmlError):
+    """A limit was reached: memory, devices, message size, streams."""
+
+    code = "RESOURCE_EXHAUSTED"
+
+
+class OutOfDevices(ResourceExhausted):
+    refusal = "OUT_OF_DEVICES"
+
+
+class OutOfMemory(ResourceExhausted, MemoryError):
+    refusal = "OUT_OF_MEMORY"
+
+
+class TooManyStreams(ResourceExhausted):
+    refusal = "TOO_MANY_STREAMS"
+
+
+class Unavailable(DsmlError, ConnectionError):
+    """The other side cannot be reached (any more)."""
+
+    code = "UNAVAILABLE"
+
+
+class PeerUnavailable(Unavailable):
+    refusal = "PEER_UNAVAILABLE"
+
+
+class ShuttingDown(Unavailable):
+    refusal = "SHUTTING_DOWN"
+
+
+class OperationTimeout(DsmlError, TimeoutError):
+    code = "DEADLINE_EXCEEDED"
+    refusal = "OPERATION_TIMEOUT"
+
+
+class OperationAborted(DsmlError):
+    code = "ABORTED"
+    refusal = "OPERATION_ABORTED"
+
+
+class StreamLength(DsmlError):
+    code = "DATA_LOSS"
+    refusal = "STREAM_LENGTH"
+
+
+def _leaves(cls: type[DsmlError]) -> list[type[DsmlError]]:
+    found = [cls]
+    for sub in cls.__subclasses__():
+        found += _leaves(sub)
+    return found
+
+
+#: Refusal name -> class; the most derived class wins (InvalidArgument and InvalidValue share a name).
+BY_REFUSAL: dict[str, type[DsmlError]] = {cls.refusal: cls for cls in _leaves(DsmlError)}
+#: gRPC code name -> the most general class, for errors that carry no refusal (an older server, gRPC itself).
+BY_CODE: dict[str, type[DsmlError]] = {
+    cls.code: cls
+    for cls in (
+        InvalidArgument,
+        NotFound,
+        AddressOutOfRange,
+        FailedPrecondition,
+        StreamInUse,
+        ResourceExhausted,
+        Unavailable,
+        OperationTimeout,
+        OperationAborted,
+        StreamLength,
+    )
+}
+
+
+def error_from(code: str, message: str, refusal: str | None = None) -> DsmlError:
+    """The exception for a status that came over the wire."""
+    cls = BY_REFUSAL.get(refusal or "") or BY_CODE.get(code)
+    if cls is None or cls is DsmlError:
+        return DsmlError(f"{code}: {message}")
+    return cls(message)

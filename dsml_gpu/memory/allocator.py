@@ -1,0 +1,79 @@
+"""First-fit allocation inside an address range."""
+
+from __future__ import annotations
+
+from bisect import bisect_left, insort
+from dataclasses import dataclass
+
+from dsml_gpu.errors import AllocationNotFound, InvalidValue, OutOfMemory
+
+#: As cudaMalloc: enough for any vector load.
+ALIGNMENT = 256
+
+
+@dataclass(frozen=True, slots=True)
+class _Block:
+    nbytes: int
+    owner: int
+
+
+class Allocator:
+    """Hands out ranges of ``[min_addr, max_addr)``; keeps only addresses, touches no memory.
+
+    Allocation is advice among those who use it: a client of the original contract writes where it likes.
+    """
+
+    def __init__(self, min_addr: int, max_addr: int) -> None:
+        self._min_addr = min_addr
+        self._max_addr = max_addr
+        self._blocks: dict[int, _Block] = {}
+        self._order: list[int] = []
+
+    @property
+    def allocated(self) -> int:
+        """Bytes handed out."""
+        return sum(block.nbytes for block in self._blocks.values())
+
+    def malloc(self, nbytes: int, owner: int = 0) -> int:
+        """The lowest address with `nbytes` free bytes behind it, aligned to `ALIGNMENT`.
+
+        Args:
+            owner: a number that `free_all` takes; 0 for none.
+
+        Raises:
+            OutOfMemory: no gap is large enough.
+        """
+        if nbytes <= 0:
+            raise InvalidValue(f"an allocation must be at least 1 byte, not {nbytes}")
+        start = _align(self._min_addr)
+        for addr in self._order:
+            if addr - start >= nbytes:
+                break
+            start = _align(addr + self._blocks[addr].nbytes)
+        if start + nbytes > self._max_addr:
+            total = self._max_addr - self._min_addr
+            raise OutOfMemory(
+                f"no gap of {nbytes} bytes in device memory of {total} bytes, of which {self.allocated} are allocated"
+            )
+        self._blocks[start] = _Block(nbytes, owner)
+        insort(self._order, start)
+        return start
+
+    def free(self, addr: int) -> None:
+        """Gives a block back.
+
+        Raises:
+            AllocationNotFound: `addr` is not the start of a live block.
+        """
+        if self._blocks.pop(addr, None) is None:
+            raise AllocationNotFound(f"no allocation starts at address {addr:#x}")
+        del self._order[bisect_left(self._order, addr)]
+
+    def free_all(self, owner: int) -> None:
+        """Gives all blocks of one owner back."""
+        for addr in [addr for addr, block in self._blocks.items() if block.owner == owner]:
+            self.free(addr)
+
+
+def _align(addr: int) -> int:
+    return -(-addr // ALIGNMENT) * ALIGNMENT

@@ -1,0 +1,82 @@
+"""A device's address space over one array, with every access checked against it."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from dsml_gpu.errors import AddressOutOfRange, OutOfMemory
+from dsml_gpu.memory.backend import Backend, DeviceNDArray
+
+#: Smallest device memory a client may rely on.
+MIN_ARENA_BYTES = 4 << 20
+
+
+class Arena:
+    """The address range ``[min_addr, max_addr)`` over the memory of one device.
+
+    The memory itself is taken at the first access, so an arena that nobody touches costs nothing on a GPU; on the host
+    even then only the pages that are touched are committed.
+
+    Args:
+        nbytes: size, at least `MIN_ARENA_BYTES`.
+        backend: where the memory is.
+        min_addr: address of the first byte.
+    """
+
+    def __init__(self, nbytes: int, backend: Backend, min_addr: int = 0) -> None:
+        if nbytes < MIN_ARENA_BYTES:
+            raise ValueError(f"device memory must be at least {MIN_ARENA_BYTES} bytes, not {nbytes}")
+        if not 0 <= min_addr <= min_addr + nbytes < 1 << 64:
+            raise ValueError(f"addresses {min_addr:#x} + {nbytes} leave 64 bits")
+        self.backend = backend
+        self.min_addr = min_addr
+        self.max_addr = min_addr + nbytes
+        self._memory: DeviceNDArray | None = None
+
+    @property
+    def nbytes(self) -> int:
+        return self.max_addr - self.min_addr
+
+    def check(self, addr: int, nbytes: int) -> None:
+        """Raises AddressOutOfRange unless ``[addr, addr + nbytes)`` lies inside the arena."""
+        check_range(addr, nbytes, self.min_addr, self.max_addr)
+
+    def view(self, addr: int, nbytes: int) -> DeviceNDArray:
+        """The bytes ``[addr, addr + nbytes)`` as a uint8 array over the arena itself, not a copy.
+
+        Raises:
+            AddressOutOfRange: the range leaves the arena.
+            OutOfMemory: the first access, and the system has not that much memory.
+        """
+        self.check(addr, nbytes)
+        if self._memory is None:
+            try:
+                self._memory = self.backend.allocate(self.nbytes)
+            except MemoryError as error:
+                raise OutOfMemory(f"device memory of {self.nbytes} bytes cannot be had: {error}") from error
+        start = addr - self.min_addr
+        return self._memory[start : start + nbytes]
+
+    def write(self, addr: int, data: bytes | memoryview) -> None:
+        """Copies host bytes into the arena."""
+        source = np.frombuffer(data, dtype=np.uint8)
+        self.view(addr, source.size)[...] = self.backend.from_host(source)
+
+    def read(self, addr: int, nbytes: int) -> memoryview:
+        """Host bytes of a range; a view of the arena where it is host memory, so use it before anything else runs."""
+        return memoryview(self.backend.to_host(self.view(addr, nbytes)))
+
+    def __repr__(self) -> str:
+        state = "untouched" if self._memory is None else "in use"
+        return f"Arena({self.min_addr:#x}..{self.max_addr:#x}, {self.backend.name}, {state})"
+
+
+def check_range(addr: int, nbytes: int, min_addr: int, max_addr: int) -> None:
+    """Raises AddressOutOfRange unless ``[addr, addr + nbytes)`` lies inside ``[min_addr, max_addr)``.
+
+    Python integers do not wrap, so ``addr + nbytes`` past 2**64 is out of range like any other.
+    """
+    if addr < min_addr or addr + nbytes > max_addr:
+        raise AddressOutOfRange(
+            f"address {addr:#x} + {nbytes} bytes is outside device memory {min_addr:#x}..{max_addr:#x}"
+        )

@@ -1,0 +1,1 @@
+"""What the servers show of themselves."""

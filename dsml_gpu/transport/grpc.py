@@ -1,0 +1,158 @@
+"""gRPC transport: one StreamSend call carries a rank's slices to one peer, as many in flight as flow control lets."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+from typing import Any
+
+import grpc
+import numpy as np
+
+from dsml_gpu.errors import AmbiguousStream, DsmlError, OperationAborted, PeerUnavailable, StreamLength
+from dsml_gpu.memory.backend import Backend, DeviceNDArray
+from dsml_gpu.transport.incoming import Incoming, IncomingTable
+from dsml_gpu.wire import gpu_sim_pb2 as pb
+from dsml_gpu.wire.codec import Chunk
+from dsml_gpu.wire.status import error_of
+from dsml_gpu.wire.stubs import channel_options, device_stub
+
+
+class ChannelPool:
+    """Connections to other device servers, one per address, made at first use and kept."""
+
+    def __init__(self) -> None:
+        self._channels: dict[str, grpc.aio.Channel] = {}
+        self._stubs: dict[str, Any] = {}
+
+    def stub(self, address: str) -> Any:
+        """The GPUDevice stub of a server."""
+        if address not in self._stubs:
+            self._channels[address] = grpc.aio.insecure_channel(address, options=channel_options())
+            self._stubs[address] = device_stub(self._channels[address])
+        return self._stubs[address]
+
+    async def close(self) -> None:
+        """Closes all connections; calls on them end with CANCELLED."""
+        channels, self._channels = self._channels, {}
+        self._stubs.clear()
+        for channel in channels.values():
+            await channel.close()
+
+
+class GrpcSendLink:
+    """See `link.SendLink`.
+
+    Args:
+        stub: of the peer's server.
+        stream_id: the stream, which the peer claims under the same number.
+        backend: of the memory that slices come from.
+        peer: who the peer is, for error messages.
+    """
+
+    def __init__(self, stub: Any, stream_id: int, backend: Backend, peer: str) -> None:
+        self._call = stub.StreamSend()
+        self._backend = backend
+        self._peer = peer
+        self._header: pb.DataChunk | None = pb.DataChunk(streamId=stream_id)
+
+    async def send(self, data: DeviceNDArray, on_sent: Callable[[], None]) -> None:
+        header, self._header = self._header, None
+        try:
+            # Encoding copies the slice before `write` returns, so the memory is free for others then.
+            await self._call.write(Chunk(self._backend.to_host(data), header))
+        except (grpc.RpcError, asyncio.InvalidStateError) as failure:
+            raise await self._why(failure) from failure
+        on_sent()
+
+    async def finish(self) -> None:
+        try:
+            if self._header is not None:
+                await self._call.write(Chunk(b"", self._header))
+            await self._call.done_writing()
+            await self._call
+        except (grpc.RpcError, asyncio.InvalidStateError) as failure:
+            raise await self._why(failure) from failure
+
+    def abort(self, error: DsmlError) -> None:
+        self._call.cancel()
+
+    async def _why(self, failure: Exception) -> DsmlError:
+        if not isinstance(failure, grpc.RpcError):  # the call ended before this write; its own status says why
+            try:
+                await self._call
+            except grpc.RpcError as ended:
+                failure = ended
+            else:
+                return StreamLength(f"{self._peer} ended the stream before it had everything")
+        assert isinstance(failure, grpc.RpcError)
+        error = error_of(failure)
+        if error.code == "UNAVAILABLE":
+            return PeerUnavailable(f"{self._peer} is gone: {error}")
+        return OperationAborted(f"{self._peer} gave up: {error}")
+
+
+class GrpcRecvLink:
+    """See `link.RecvLink`.
+
+    Args:
+        incoming: the claimed stream.
+        backend: of the memory that slices go to.
+        peer: who the peer is, for error messages.
+    """
+
+    lends = False
+
+    def __init__(self, incoming: Incoming, backend: Backend, peer: str) -> None:
+        self._incoming = incoming
+        self._backend = backend
+        self._peer = peer
+
+    async def recv(self, nbytes: int) -> DeviceNDArray:
+        message = await self._incoming.messages.get()
+        if message is None or len(message) != nbytes:
+            actual = "the end of the stream" if message is None else f"{len(message)} bytes"
+            raise StreamLength(f"expected a slice of {nbytes} bytes from {self._peer}, got {actual}")
+        return self._backend.from_host(np.frombuffer(message, dtype=np.uint8))
+
+    def release(self) -> None:
+        pass  # the bytes are the receiver's own
+
+    async def finish(self) -> None:
+        message = await self._incoming.messages.get()
+        if message is not None:
+            raise StreamLength(f"expected the end of the stream from {self._peer}, got {len(message)} bytes more")
+        self._incoming.complete()
+
+    def abort(self, error: DsmlError) -> None:
+        self._incoming.fail(error)
+
+
+async def serve_stream_send(table: IncomingTable, chunks: AsyncIterator[Chunk]) -> None:
+    """The server's side of one StreamSend call: hands the messages to whoever claims the stream, returns when it has all.
+
+    Raises:
+        StreamInUse, AmbiguousStream, TooManyStreams: see `IncomingTable.offer`.
+        OperationTimeout: no receiver came.
+        DsmlError: whatever the receiver gave up with.
+    """
+    first = await anext(chunks, None)
+    if first is None:
+        raise AmbiguousStream("StreamSend ended before its first message")
+    incoming = table.offer(first.header.streamId if first.header is not None else 0)
+    try:
+        chunk: Chunk | None = first
+        while chunk is not None:
+            message = memoryview(chunk.data)
+            if message.nbytes:
+                await incoming.messages.put(message)
+            chunk = await anext(chunks, None)
+        await incoming.messages.put(None)
+        await asyncio.shield(incoming.ended)
+    except asyncio.CancelledError:
+        # The peer has given up or is gone; those who talk to it themselves can tell which.
+        incoming.fail(OperationAborted("the sender gave up, or its connection broke"))
+        raise
+    except DsmlError as error:
+        incoming.fail(error)
+        raise

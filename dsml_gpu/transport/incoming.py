@@ -1,0 +1,116 @@
+"""Incoming StreamSend calls and those who wait for them: whoever comes first waits, and never for ever."""
+
+from __future__ import annotations
+
+import asyncio
+
+from dsml_gpu.errors import AmbiguousStream, DsmlError, OperationTimeout, StreamInUse, TooManyStreams
+from dsml_gpu.transport.queue import ClosableQueue
+
+#: Messages of a stream that are held ready beside the one in use; what bounds a receiver's memory.
+_DEPTH = 2
+#: Streams that may be open at a time.
+_MAX_OPEN = 4096
+
+#: A payload; None is the end of the stream.
+_Message = memoryview | bytes | None
+
+
+class Incoming:
+    """One stream of messages from another device.
+
+    The server's handler puts messages in and waits for `ended`; the receiver gets them and calls `complete` or `fail`.
+    """
+
+    def __init__(self, stream_id: int) -> None:
+        self.stream_id = stream_id
+        self.messages: ClosableQueue[_Message] = ClosableQueue(_DEPTH)
+        self.ended: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self.offered = False
+        self.claimed = False
+        self.expiry: asyncio.TimerHandle | None = None
+
+    def complete(self) -> None:
+        """The receiver has taken everything."""
+        if not self.ended.done():
+            self.ended.set_result(None)
+
+    def fail(self, error: DsmlError) -> None:
+        """Either end gives up; the other one raises `error`."""
+        self.messages.close(error)
+        if not self.ended.done():
+            self.ended.set_exception(error)
+            self.ended.exception()  # an error that nobody waits for is no defect
+
+
+class IncomingTable:
+    """The incoming streams of one server, by stream id.
+
+    Args:
+        timeout_s: a stream whose other end does not come for so long fails.
+    """
+
+    def __init__(self, timeout_s: float) -> None:
+        self._timeout_s = timeout_s
+        self._open: dict[int, Incoming] = {}
+
+    def __len__(self) -> int:
+        return len(self._open)
+
+    def offer(self, stream_id: int) -> Incoming:
+        """For the handler of a StreamSend call: the stream into which its messages go.
+
+        Args:
+            stream_id: from the first message; 0 where the sender names none, which means the only stream that a receiver
+                waits for.
+
+        Raises:
+            StreamInUse: the stream has a sender already.
+            AmbiguousStream: `stream_id` is 0 and not exactly one receiver waits.
+            TooManyStreams: too many streams are open already.
+        """
+        if stream_id == 0:
+            candidates = [stream for stream in self._open.values() if stream.claimed and not stream.offered]
+            if len(candidates) != 1:
+                raise AmbiguousStream(
+                    f"StreamSend names no stream, and {len(candidates)} receives wait here; exactly 1 is needed"
+                )
+            stream_id = candidates[0].stream_id
+        stream = self._find_or_make(stream_id)
+        if stream.offered:
+            raise StreamInUse(f"stream {stream_id} has a sender already")
+        stream.offered = True
+        self._stop_clock_if_met(stream)
+        return stream
+
+    def claim(self, stream_id: int) -> Incoming:
+        """For the receiver of a stream; messages come when the sender does.
+
+        Raises:
+            StreamInUse: the stream has a receiver already.
+            TooManyStreams: too many streams are open already.
+        """
+        stream = self._find_or_make(stream_id)
+        if stream.claimed:
+            raise StreamInUse(f"stream {stream_id} has a receiver already")
+        stream.claimed = True
+        self._stop_clock_if_met(stream)
+        return stream
+
+    def _find_or_make(self, stream_id: int) -> Incoming:
+        stream = self._open.get(stream_id)
+        if stream is None:
+            if len(self._open) >= _MAX_OPEN:
+                raise TooManyStreams(f"{_MAX_OPEN} streams are open here already")
+            stream = self._open[stream_id] = Incoming(stream_id)
+            stream.ended.add_done_callback(lambda _: self._open.pop(stream_id, None))
+            stream.expiry = asyncio.get_running_loop().call_later(self._timeout_s, self._expire, stream)
+        return stream
+
+    def _stop_clock_if_met(self, stream: Incoming) -> None:
+        if stream.offered and stream.claimed and stream.expiry is not None:
+            stream.expiry.cancel()
+
+    def _expire(self, stream: Incoming) -> None:
+        missing = "receiver" if stream.offered else "sender"
+        stream.fail(OperationTimeout(f"the {missing} of stream {stream.stream_id} did not come for {self._timeout_s:g} s"))

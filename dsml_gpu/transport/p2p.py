@@ -1,0 +1,123 @@
+"""Peer-to-peer transport inside one process: the receiver reads the sender's memory itself."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from dsml_gpu.errors import DsmlError, OperationTimeout, StreamLength
+from dsml_gpu.memory.backend import DeviceNDArray
+from dsml_gpu.transport.queue import ClosableQueue
+
+_Slice = tuple[DeviceNDArray, Callable[[], None]]
+
+
+@dataclass(eq=False)
+class _Pipe:
+    slices: ClosableQueue[_Slice | None] = field(default_factory=ClosableQueue)
+    ends_open: int = 0
+    ends_closed: int = 0
+    expiry: asyncio.TimerHandle | None = None
+
+
+class PipeTable:
+    """The pipes of one process, by stream id. The end that comes first makes the pipe; the last one to close removes it.
+
+    Args:
+        timeout_s: a pipe whose other end does not come for so long fails.
+    """
+
+    def __init__(self, timeout_s: float) -> None:
+        self._timeout_s = timeout_s
+        self._pipes: dict[int, _Pipe] = {}
+
+    def __len__(self) -> int:
+        return len(self._pipes)
+
+    def open_send(self, stream_id: int) -> P2PSendLink:
+        """The sending end of a stream; each end can be opened once."""
+        return P2PSendLink(self, stream_id, self._open(stream_id))
+
+    def open_recv(self, stream_id: int) -> P2PRecvLink:
+        """The receiving end of a stream; each end can be opened once."""
+        return P2PRecvLink(self, stream_id, self._open(stream_id))
+
+    def _open(self, stream_id: int) -> _Pipe:
+        pipe = self._pipes.get(stream_id)
+        if pipe is None:
+            pipe = self._pipes[stream_id] = _Pipe()
+            loop = asyncio.get_running_loop()
+            pipe.expiry = loop.call_later(self._timeout_s, self._expire, stream_id, pipe)
+        elif pipe.expiry is not None:
+            pipe.expiry.cancel()
+            pipe.expiry = None
+        pipe.ends_open += 1
+        return pipe
+
+    def _expire(self, stream_id: int, pipe: _Pipe) -> None:
+        pipe.slices.close(OperationTimeout(f"the other end of stream {stream_id} did not come for {self._timeout_s:g} s"))
+        self._pipes.pop(stream_id, None)
+
+    def _close(self, stream_id: int, pipe: _Pipe) -> None:
+        pipe.ends_closed += 1
+        if pipe.ends_closed == 2:
+            self._pipes.pop(stream_id, None)
+
+
+class _P2PLink:
+    def __init__(self, table: PipeTable, stream_id: int, pipe: _Pipe) -> None:
+        self._table = table
+        self._stream_id = stream_id
+        self._pipe = pipe
+        self._closed = False
+
+    def abort(self, error: DsmlError) -> None:
+        self._pipe.slices.close(error)
+        self._close()
+
+    def _close(self) -> None:
+        if not self._closed:
+            self._closed = True
+            self._table._close(self._stream_id, self._pipe)
+
+
+class P2PSendLink(_P2PLink):
+    """See `link.SendLink`. Never waits: slices lie in the sender's memory until the receiver has used them."""
+
+    async def send(self, data: DeviceNDArray, on_sent: Callable[[], None]) -> None:
+        self._pipe.slices.put_nowait((data, on_sent))
+
+    async def finish(self) -> None:
+        # What the receiver has not taken yet stays valid: the operation's end on this rank waits for `on_sent` of each.
+        self._pipe.slices.put_nowait(None)
+        self._close()
+
+
+class P2PRecvLink(_P2PLink):
+    """See `link.RecvLink`."""
+
+    lends = True
+
+    def __init__(self, table: PipeTable, stream_id: int, pipe: _Pipe) -> None:
+        super().__init__(table, stream_id, pipe)
+        self._on_sent: Callable[[], None] | None = None
+
+    async def recv(self, nbytes: int) -> DeviceNDArray:
+        item = await self._pipe.slices.get()
+        if item is None or item[0].nbytes != nbytes:
+            actual = "the end of the stream" if item is None else f"{item[0].nbytes} bytes"
+            raise StreamLength(f"expected a slice of {nbytes} bytes, got {actual}")
+        data, self._on_sent = item
+        return data
+
+    def release(self) -> None:
+        if self._on_sent is not None:
+            on_sent, self._on_sent = self._on_sent, None
+            on_sent()
+
+    async def finish(self) -> None:
+        item = await self._pipe.slices.get()
+        if item is not None:
+            raise StreamLength(f"expected the end of the stream, got {item[0].nbytes} bytes more")
+        self._close()

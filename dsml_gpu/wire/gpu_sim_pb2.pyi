@@ -1,0 +1,632 @@
+from google.protobuf.internal import containers as _containers
+from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
+from google.protobuf import descriptor as _descriptor
+from google.protobuf import message as _message
+from typing import ClassVar as _ClassVar, Iterable as _Iterable, Mapping as _Mapping, Optional as _Optional, Union as _Union
+
+DESCRIPTOR: _descriptor.FileDescriptor
+
+class Status(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    IN_PROGRESS: _ClassVar[Status]
+    SUCCESS: _ClassVar[Status]
+    FAILED: _ClassVar[Status]
+
+class ReduceOp(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    SUM: _ClassVar[ReduceOp]
+    PROD: _ClassVar[ReduceOp]
+    MIN: _ClassVar[ReduceOp]
+    MAX: _ClassVar[ReduceOp]
+    AVG: _ClassVar[ReduceOp]
+
+class DataType(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    FLOAT64: _ClassVar[DataType]
+    FLOAT32: _ClassVar[DataType]
+    FLOAT16: _ClassVar[DataType]
+    BFLOAT16: _ClassVar[DataType]
+    INT8: _ClassVar[DataType]
+    UINT8: _ClassVar[DataType]
+    INT32: _ClassVar[DataType]
+    UINT32: _ClassVar[DataType]
+    INT64: _ClassVar[DataType]
+    UINT64: _ClassVar[DataType]
+
+class Transport(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    AUTO: _ClassVar[Transport]
+    P2P: _ClassVar[Transport]
+    GRPC: _ClassVar[Transport]
+
+class Refusal(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    REFUSAL_UNSPECIFIED: _ClassVar[Refusal]
+    MALFORMED_MESSAGE: _ClassVar[Refusal]
+    MISSING_FIELD: _ClassVar[Refusal]
+    INVALID_VALUE: _ClassVar[Refusal]
+    COUNT_NOT_MULTIPLE: _ClassVar[Refusal]
+    RANK_MISMATCH: _ClassVar[Refusal]
+    COMM_NOT_FOUND: _ClassVar[Refusal]
+    DEVICE_NOT_FOUND: _ClassVar[Refusal]
+    STREAM_NOT_FOUND: _ClassVar[Refusal]
+    ALLOCATION_NOT_FOUND: _ClassVar[Refusal]
+    ADDRESS_OUT_OF_RANGE: _ClassVar[Refusal]
+    GROUP_MISUSE: _ClassVar[Refusal]
+    COMM_NOT_READY: _ClassVar[Refusal]
+    AMBIGUOUS_STREAM: _ClassVar[Refusal]
+    STREAM_IN_USE: _ClassVar[Refusal]
+    OUT_OF_DEVICES: _ClassVar[Refusal]
+    OUT_OF_MEMORY: _ClassVar[Refusal]
+    TOO_MANY_STREAMS: _ClassVar[Refusal]
+    PEER_UNAVAILABLE: _ClassVar[Refusal]
+    OPERATION_TIMEOUT: _ClassVar[Refusal]
+    OPERATION_ABORTED: _ClassVar[Refusal]
+    STREAM_LENGTH: _ClassVar[Refusal]
+    SHUTTING_DOWN: _ClassVar[Refusal]
+IN_PROGRESS: Status
+SUCCESS: Status
+FAILED: Status
+SUM: ReduceOp
+PROD: ReduceOp
+MIN: ReduceOp
+MAX: ReduceOp
+AVG: ReduceOp
+FLOAT64: DataType
+FLOAT32: DataType
+FLOAT16: DataType
+BFLOAT16: DataType
+INT8: DataType
+UINT8: DataType
+INT32: DataType
+UINT32: DataType
+INT64: DataType
+UINT64: DataType
+AUTO: Transport
+P2P: Transport
+GRPC: Transport
+REFUSAL_UNSPECIFIED: Refusal
+MALFORMED_MESSAGE: Refusal
+MISSING_FIELD: Refusal
+INVALID_VALUE: Refusal
+COUNT_NOT_MULTIPLE: Refusal
+RANK_MISMATCH: Refusal
+COMM_NOT_FOUND: Refusal
+DEVICE_NOT_FOUND: Refusal
+STREAM_NOT_FOUND: Refusal
+ALLOCATION_NOT_FOUND: Refusal
+ADDRESS_OUT_OF_RANGE: Refusal
+GROUP_MISUSE: Refusal
+COMM_NOT_READY: Refusal
+AMBIGUOUS_STREAM: Refusal
+STREAM_IN_USE: Refusal
+OUT_OF_DEVICES: Refusal
+OUT_OF_MEMORY: Refusal
+TOO_MANY_STREAMS: Refusal
+PEER_UNAVAILABLE: Refusal
+OPERATION_TIMEOUT: Refusal
+OPERATION_ABORTED: Refusal
+STREAM_LENGTH: Refusal
+SHUTTING_DOWN: Refusal
+
+class DeviceId(_message.Message):
+    __slots__ = ("value",)
+    VALUE_FIELD_NUMBER: _ClassVar[int]
+    value: int
+    def __init__(self, value: _Optional[int] = ...) -> None: ...
+
+class Rank(_message.Message):
+    __slots__ = ("value",)
+    VALUE_FIELD_NUMBER: _ClassVar[int]
+    value: int
+    def __init__(self, value: _Optional[int] = ...) -> None: ...
+
+class MemAddr(_message.Message):
+    __slots__ = ("value",)
+    VALUE_FIELD_NUMBER: _ClassVar[int]
+    value: int
+    def __init__(self, value: _Optional[int] = ...) -> None: ...
+
+class StreamId(_message.Message):
+    __slots__ = ("value",)
+    VALUE_FIELD_NUMBER: _ClassVar[int]
+    value: int
+    def __init__(self, value: _Optional[int] = ...) -> None: ...
+
+class DeviceMetadata(_message.Message):
+    __slots__ = ("deviceId", "minMemAddr", "maxMemAddr", "address", "backend", "deviceName", "processUid")
+    DEVICEID_FIELD_NUMBER: _ClassVar[int]
+    MINMEMADDR_FIELD_NUMBER: _ClassVar[int]
+    MAXMEMADDR_FIELD_NUMBER: _ClassVar[int]
+    ADDRESS_FIELD_NUMBER: _ClassVar[int]
+    BACKEND_FIELD_NUMBER: _ClassVar[int]
+    DEVICENAME_FIELD_NUMBER: _ClassVar[int]
+    PROCESSUID_FIELD_NUMBER: _ClassVar[int]
+    deviceId: DeviceId
+    minMemAddr: MemAddr
+    maxMemAddr: MemAddr
+    address: str
+    backend: str
+    deviceName: str
+    processUid: str
+    def __init__(self, deviceId: _Optional[_Union[DeviceId, _Mapping]] = ..., minMemAddr: _Optional[_Union[MemAddr, _Mapping]] = ..., maxMemAddr: _Optional[_Union[MemAddr, _Mapping]] = ..., address: _Optional[str] = ..., backend: _Optional[str] = ..., deviceName: _Optional[str] = ..., processUid: _Optional[str] = ...) -> None: ...
+
+class GetDeviceMetadataRequest(_message.Message):
+    __slots__ = ("deviceId",)
+    DEVICEID_FIELD_NUMBER: _ClassVar[int]
+    deviceId: int
+    def __init__(self, deviceId: _Optional[int] = ...) -> None: ...
+
+class GetDeviceMetadataResponse(_message.Message):
+    __slots__ = ("metadata",)
+    METADATA_FIELD_NUMBER: _ClassVar[int]
+    metadata: DeviceMetadata
+    def __init__(self, metadata: _Optional[_Union[DeviceMetadata, _Mapping]] = ...) -> None: ...
+
+class BeginSendRequest(_message.Message):
+    __slots__ = ("sendBuffAddr", "numBytes", "dstRank", "commId", "deviceId")
+    SENDBUFFADDR_FIELD_NUMBER: _ClassVar[int]
+    NUMBYTES_FIELD_NUMBER: _ClassVar[int]
+    DSTRANK_FIELD_NUMBER: _ClassVar[int]
+    COMMID_FIELD_NUMBER: _ClassVar[int]
+    DEVICEID_FIELD_NUMBER: _ClassVar[int]
+    sendBuffAddr: MemAddr
+    numBytes: int
+    dstRank: Rank
+    commId: int
+    deviceId: int
+    def __init__(self, sendBuffAddr: _Optional[_Union[MemAddr, _Mapping]] = ..., numBytes: _Optional[int] = ..., dstRank: _Optional[_Union[Rank, _Mapping]] = ..., commId: _Optional[int] = ..., deviceId: _Optional[int] = ...) -> None: ...
+
+class BeginSendResponse(_message.Message):
+    __slots__ = ("initiated", "streamId")
+    INITIATED_FIELD_NUMBER: _ClassVar[int]
+    STREAMID_FIELD_NUMBER: _ClassVar[int]
+    initiated: bool
+    streamId: StreamId
+    def __init__(self, initiated: bool = ..., streamId: _Optional[_Union[StreamId, _Mapping]] = ...) -> None: ...
+
+class BeginReceiveRequest(_message.Message):
+    __slots__ = ("streamId", "recvBuffAddr", "numBytes", "srcRank", "commId", "deviceId")
+    STREAMID_FIELD_NUMBER: _ClassVar[int]
+    RECVBUFFADDR_FIELD_NUMBER: _ClassVar[int]
+    NUMBYTES_FIELD_NUMBER: _ClassVar[int]
+    SRCRANK_FIELD_NUMBER: _ClassVar[int]
+    COMMID_FIELD_NUMBER: _ClassVar[int]
+    DEVICEID_FIELD_NUMBER: _ClassVar[int]
+    streamId: StreamId
+    recvBuffAddr: MemAddr
+    numBytes: int
+    srcRank: Rank
+    commId: int
+    deviceId: int
+    def __init__(self, streamId: _Optional[_Union[StreamId, _Mapping]] = ..., recvBuffAddr: _Optional[_Union[MemAddr, _Mapping]] = ..., numBytes: _Optional[int] = ..., srcRank: _Optional[_Union[Rank, _Mapping]] = ..., commId: _Optional[int] = ..., deviceId: _Optional[int] = ...) -> None: ...
+
+class BeginReceiveResponse(_message.Message):
+    __slots__ = ("initiated",)
+    INITIATED_FIELD_NUMBER: _ClassVar[int]
+    initiated: bool
+    def __init__(self, initiated: bool = ...) -> None: ...
+
+class DataChunk(_message.Message):
+    __slots__ = ("data", "streamId", "deviceId", "memAddr", "numBytes")
+    DATA_FIELD_NUMBER: _ClassVar[int]
+    STREAMID_FIELD_NUMBER: _ClassVar[int]
+    DEVICEID_FIELD_NUMBER: _ClassVar[int]
+    MEMADDR_FIELD_NUMBER: _ClassVar[int]
+    NUMBYTES_FIELD_NUMBER: _ClassVar[int]
+    data: bytes
+    streamId: int
+    deviceId: DeviceId
+    memAddr: MemAddr
+    numBytes: int
+    def __init__(self, data: _Optional[bytes] = ..., streamId: _Optional[int] = ..., deviceId: _Optional[_Union[DeviceId, _Mapping]] = ..., memAddr: _Optional[_Union[MemAddr, _Mapping]] = ..., numBytes: _Optional[int] = ...) -> None: ...
+
+class StreamSendResponse(_message.Message):
+    __slots__ = ("success",)
+    SUCCESS_FIELD_NUMBER: _ClassVar[int]
+    success: bool
+    def __init__(self, success: bool = ...) -> None: ...
+
+class GetStreamStatusRequest(_message.Message):
+    __slots__ = ("streamId",)
+    STREAMID_FIELD_NUMBER: _ClassVar[int]
+    streamId: StreamId
+    def __init__(self, streamId: _Optional[_Union[StreamId, _Mapping]] = ...) -> None: ...
+
+class GetStreamStatusResponse(_message.Message):
+    __slots__ = ("status", "message")
+    STATUS_FIELD_NUMBER: _ClassVar[int]
+    MESSAGE_FIELD_NUMBER: _ClassVar[int]
+    status: Status
+    message: str
+    def __init__(self, status: _Optional[_Union[Status, str]] = ..., message: _Optional[str] = ...) -> None: ...
+
+class Peer(_message.Message):
+    __slots__ = ("deviceId", "address", "transport")
+    DEVICEID_FIELD_NUMBER: _ClassVar[int]
+    ADDRESS_FIELD_NUMBER: _ClassVar[int]
+    TRANSPORT_FIELD_NUMBER: _ClassVar[int]
+    deviceId: int
+    address: str
+    transport: Transport
+    def __init__(self, deviceId: _Optional[int] = ..., address: _Optional[str] = ..., transport: _Optional[_Union[Transport, str]] = ...) -> None: ...
+
+class JoinCommRequest(_message.Message):
+    __slots__ = ("commId", "rank", "peers", "deviceId")
+    COMMID_FIELD_NUMBER: _ClassVar[int]
+    RANK_FIELD_NUMBER: _ClassVar[int]
+    PEERS_FIELD_NUMBER: _ClassVar[int]
+    DEVICEID_FIELD_NUMBER: _ClassVar[int]
+    commId: int
+    rank: int
+    peers: _containers.RepeatedCompositeFieldContainer[Peer]
+    deviceId: int
+    def __init__(self, commId: _Optional[int] = ..., rank: _Optional[int] = ..., peers: _Optional[_Iterable[_Union[Peer, _Mapping]]] = ..., deviceId: _Optional[int] = ...) -> None: ...
+
+class JoinCommResponse(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class LeaveCommRequest(_message.Message):
+    __slots__ = ("commId", "deviceId")
+    COMMID_FIELD_NUMBER: _ClassVar[int]
+    DEVICEID_FIELD_NUMBER: _ClassVar[int]
+    commId: int
+    deviceId: int
+    def __init__(self, commId: _Optional[int] = ..., deviceId: _Optional[int] = ...) -> None: ...
+
+class LeaveCommResponse(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class Move(_message.Message):
+    __slots__ = ("kind", "peer", "chunk")
+    class Kind(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+        __slots__ = ()
+        KIND_UNSPECIFIED: _ClassVar[Move.Kind]
+        SEND: _ClassVar[Move.Kind]
+        COPY: _ClassVar[Move.Kind]
+        REDUCE: _ClassVar[Move.Kind]
+        REDUCE_LAST: _ClassVar[Move.Kind]
+    KIND_UNSPECIFIED: Move.Kind
+    SEND: Move.Kind
+    COPY: Move.Kind
+    REDUCE: Move.Kind
+    REDUCE_LAST: Move.Kind
+    KIND_FIELD_NUMBER: _ClassVar[int]
+    PEER_FIELD_NUMBER: _ClassVar[int]
+    CHUNK_FIELD_NUMBER: _ClassVar[int]
+    kind: Move.Kind
+    peer: int
+    chunk: int
+    def __init__(self, kind: _Optional[_Union[Move.Kind, str]] = ..., peer: _Optional[int] = ..., chunk: _Optional[int] = ...) -> None: ...
+
+class Step(_message.Message):
+    __slots__ = ("moves",)
+    MOVES_FIELD_NUMBER: _ClassVar[int]
+    moves: _containers.RepeatedCompositeFieldContainer[Move]
+    def __init__(self, moves: _Optional[_Iterable[_Union[Move, _Mapping]]] = ...) -> None: ...
+
+class Program(_message.Message):
+    __slots__ = ("nchunks", "steps")
+    NCHUNKS_FIELD_NUMBER: _ClassVar[int]
+    STEPS_FIELD_NUMBER: _ClassVar[int]
+    nchunks: int
+    steps: _containers.RepeatedCompositeFieldContainer[Step]
+    def __init__(self, nchunks: _Optional[int] = ..., steps: _Optional[_Iterable[_Union[Step, _Mapping]]] = ...) -> None: ...
+
+class Operation(_message.Message):
+    __slots__ = ("memAddr", "count", "dtype", "op", "program")
+    MEMADDR_FIELD_NUMBER: _ClassVar[int]
+    COUNT_FIELD_NUMBER: _ClassVar[int]
+    DTYPE_FIELD_NUMBER: _ClassVar[int]
+    OP_FIELD_NUMBER: _ClassVar[int]
+    PROGRAM_FIELD_NUMBER: _ClassVar[int]
+    memAddr: int
+    count: int
+    dtype: DataType
+    op: ReduceOp
+    program: int
+    def __init__(self, memAddr: _Optional[int] = ..., count: _Optional[int] = ..., dtype: _Optional[_Union[DataType, str]] = ..., op: _Optional[_Union[ReduceOp, str]] = ..., program: _Optional[int] = ...) -> None: ...
+
+class Link(_message.Message):
+    __slots__ = ("peer", "sendStreamId", "recvStreamId")
+    PEER_FIELD_NUMBER: _ClassVar[int]
+    SENDSTREAMID_FIELD_NUMBER: _ClassVar[int]
+    RECVSTREAMID_FIELD_NUMBER: _ClassVar[int]
+    peer: int
+    sendStreamId: int
+    recvStreamId: int
+    def __init__(self, peer: _Optional[int] = ..., sendStreamId: _Optional[int] = ..., recvStreamId: _Optional[int] = ...) -> None: ...
+
+class ExecuteRequest(_message.Message):
+    __slots__ = ("commId", "deviceId", "programs", "operations", "links", "stallTimeoutMs", "sliceBytes")
+    COMMID_FIELD_NUMBER: _ClassVar[int]
+    DEVICEID_FIELD_NUMBER: _ClassVar[int]
+    PROGRAMS_FIELD_NUMBER: _ClassVar[int]
+    OPERATIONS_FIELD_NUMBER: _ClassVar[int]
+    LINKS_FIELD_NUMBER: _ClassVar[int]
+    STALLTIMEOUTMS_FIELD_NUMBER: _ClassVar[int]
+    SLICEBYTES_FIELD_NUMBER: _ClassVar[int]
+    commId: int
+    deviceId: int
+    programs: _containers.RepeatedCompositeFieldContainer[Program]
+    operations: _containers.RepeatedCompositeFieldContainer[Operation]
+    links: _containers.RepeatedCompositeFieldContainer[Link]
+    stallTimeoutMs: int
+    sliceBytes: int
+    def __init__(self, commId: _Optional[int] = ..., deviceId: _Optional[int] = ..., programs: _Optional[_Iterable[_Union[Program, _Mapping]]] = ..., operations: _Optional[_Iterable[_Union[Operation, _Mapping]]] = ..., links: _Optional[_Iterable[_Union[Link, _Mapping]]] = ..., stallTimeoutMs: _Optional[int] = ..., sliceBytes: _Optional[int] = ...) -> None: ...
+
+class ExecuteResponse(_message.Message):
+    __slots__ = ("bytesSent",)
+    BYTESSENT_FIELD_NUMBER: _ClassVar[int]
+    bytesSent: int
+    def __init__(self, bytesSent: _Optional[int] = ...) -> None: ...
+
+class MallocRequest(_message.Message):
+    __slots__ = ("deviceId", "numBytes", "commId")
+    DEVICEID_FIELD_NUMBER: _ClassVar[int]
+    NUMBYTES_FIELD_NUMBER: _ClassVar[int]
+    COMMID_FIELD_NUMBER: _ClassVar[int]
+    deviceId: DeviceId
+    numBytes: int
+    commId: int
+    def __init__(self, deviceId: _Optional[_Union[DeviceId, _Mapping]] = ..., numBytes: _Optional[int] = ..., commId: _Optional[int] = ...) -> None: ...
+
+class MallocResponse(_message.Message):
+    __slots__ = ("memAddr",)
+    MEMADDR_FIELD_NUMBER: _ClassVar[int]
+    memAddr: MemAddr
+    def __init__(self, memAddr: _Optional[_Union[MemAddr, _Mapping]] = ...) -> None: ...
+
+class FreeRequest(_message.Message):
+    __slots__ = ("deviceId", "memAddr")
+    DEVICEID_FIELD_NUMBER: _ClassVar[int]
+    MEMADDR_FIELD_NUMBER: _ClassVar[int]
+    deviceId: DeviceId
+    memAddr: MemAddr
+    def __init__(self, deviceId: _Optional[_Union[DeviceId, _Mapping]] = ..., memAddr: _Optional[_Union[MemAddr, _Mapping]] = ...) -> None: ...
+
+class FreeResponse(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class StreamHostToDeviceResponse(_message.Message):
+    __slots__ = ("numBytes",)
+    NUMBYTES_FIELD_NUMBER: _ClassVar[int]
+    numBytes: int
+    def __init__(self, numBytes: _Optional[int] = ...) -> None: ...
+
+class StreamDeviceToHostRequest(_message.Message):
+    __slots__ = ("deviceId", "memAddr", "numBytes")
+    DEVICEID_FIELD_NUMBER: _ClassVar[int]
+    MEMADDR_FIELD_NUMBER: _ClassVar[int]
+    NUMBYTES_FIELD_NUMBER: _ClassVar[int]
+    deviceId: DeviceId
+    memAddr: MemAddr
+    numBytes: int
+    def __init__(self, deviceId: _Optional[_Union[DeviceId, _Mapping]] = ..., memAddr: _Optional[_Union[MemAddr, _Mapping]] = ..., numBytes: _Optional[int] = ...) -> None: ...
+
+class CommInitRequest(_message.Message):
+    __slots__ = ("numDevices", "deviceIds", "transport")
+    NUMDEVICES_FIELD_NUMBER: _ClassVar[int]
+    DEVICEIDS_FIELD_NUMBER: _ClassVar[int]
+    TRANSPORT_FIELD_NUMBER: _ClassVar[int]
+    numDevices: int
+    deviceIds: _containers.RepeatedScalarFieldContainer[int]
+    transport: Transport
+    def __init__(self, numDevices: _Optional[int] = ..., deviceIds: _Optional[_Iterable[int]] = ..., transport: _Optional[_Union[Transport, str]] = ...) -> None: ...
+
+class CommInitResponse(_message.Message):
+    __slots__ = ("success", "commId", "devices")
+    SUCCESS_FIELD_NUMBER: _ClassVar[int]
+    COMMID_FIELD_NUMBER: _ClassVar[int]
+    DEVICES_FIELD_NUMBER: _ClassVar[int]
+    success: bool
+    commId: int
+    devices: _containers.RepeatedCompositeFieldContainer[DeviceMetadata]
+    def __init__(self, success: bool = ..., commId: _Optional[int] = ..., devices: _Optional[_Iterable[_Union[DeviceMetadata, _Mapping]]] = ...) -> None: ...
+
+class GetCommStatusRequest(_message.Message):
+    __slots__ = ("commId",)
+    COMMID_FIELD_NUMBER: _ClassVar[int]
+    commId: int
+    def __init__(self, commId: _Optional[int] = ...) -> None: ...
+
+class GetCommStatusResponse(_message.Message):
+    __slots__ = ("status", "message")
+    STATUS_FIELD_NUMBER: _ClassVar[int]
+    MESSAGE_FIELD_NUMBER: _ClassVar[int]
+    status: Status
+    message: str
+    def __init__(self, status: _Optional[_Union[Status, str]] = ..., message: _Optional[str] = ...) -> None: ...
+
+class GroupStartRequest(_message.Message):
+    __slots__ = ("commId",)
+    COMMID_FIELD_NUMBER: _ClassVar[int]
+    commId: int
+    def __init__(self, commId: _Optional[int] = ...) -> None: ...
+
+class GroupStartResponse(_message.Message):
+    __slots__ = ("success",)
+    SUCCESS_FIELD_NUMBER: _ClassVar[int]
+    success: bool
+    def __init__(self, success: bool = ...) -> None: ...
+
+class GroupEndRequest(_message.Message):
+    __slots__ = ("commId", "nonBlocking")
+    COMMID_FIELD_NUMBER: _ClassVar[int]
+    NONBLOCKING_FIELD_NUMBER: _ClassVar[int]
+    commId: int
+    nonBlocking: bool
+    def __init__(self, commId: _Optional[int] = ..., nonBlocking: bool = ...) -> None: ...
+
+class GroupEndResponse(_message.Message):
+    __slots__ = ("success", "result")
+    SUCCESS_FIELD_NUMBER: _ClassVar[int]
+    RESULT_FIELD_NUMBER: _ClassVar[int]
+    success: bool
+    result: CollectiveResult
+    def __init__(self, success: bool = ..., result: _Optional[_Union[CollectiveResult, _Mapping]] = ...) -> None: ...
+
+class CollectiveResult(_message.Message):
+    __slots__ = ("algorithm", "transports", "elapsedNs", "bytesSent")
+    ALGORITHM_FIELD_NUMBER: _ClassVar[int]
+    TRANSPORTS_FIELD_NUMBER: _ClassVar[int]
+    ELAPSEDNS_FIELD_NUMBER: _ClassVar[int]
+    BYTESSENT_FIELD_NUMBER: _ClassVar[int]
+    algorithm: str
+    transports: _containers.RepeatedScalarFieldContainer[Transport]
+    elapsedNs: int
+    bytesSent: int
+    def __init__(self, algorithm: _Optional[str] = ..., transports: _Optional[_Iterable[_Union[Transport, str]]] = ..., elapsedNs: _Optional[int] = ..., bytesSent: _Optional[int] = ...) -> None: ...
+
+class AllReduceRingRequest(_message.Message):
+    __slots__ = ("commId", "count", "op", "memAddrs", "dtype")
+    class MemAddrsEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: int
+        value: MemAddr
+        def __init__(self, key: _Optional[int] = ..., value: _Optional[_Union[MemAddr, _Mapping]] = ...) -> None: ...
+    COMMID_FIELD_NUMBER: _ClassVar[int]
+    COUNT_FIELD_NUMBER: _ClassVar[int]
+    OP_FIELD_NUMBER: _ClassVar[int]
+    MEMADDRS_FIELD_NUMBER: _ClassVar[int]
+    DTYPE_FIELD_NUMBER: _ClassVar[int]
+    commId: int
+    count: int
+    op: ReduceOp
+    memAddrs: _containers.MessageMap[int, MemAddr]
+    dtype: DataType
+    def __init__(self, commId: _Optional[int] = ..., count: _Optional[int] = ..., op: _Optional[_Union[ReduceOp, str]] = ..., memAddrs: _Optional[_Mapping[int, MemAddr]] = ..., dtype: _Optional[_Union[DataType, str]] = ...) -> None: ...
+
+class AllReduceRingResponse(_message.Message):
+    __slots__ = ("success", "result")
+    SUCCESS_FIELD_NUMBER: _ClassVar[int]
+    RESULT_FIELD_NUMBER: _ClassVar[int]
+    success: bool
+    result: CollectiveResult
+    def __init__(self, success: bool = ..., result: _Optional[_Union[CollectiveResult, _Mapping]] = ...) -> None: ...
+
+class NaiveAllReduceRequest(_message.Message):
+    __slots__ = ("comm_id", "count", "op", "mem_addrs", "dtype")
+    class MemAddrsEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: int
+        value: MemAddr
+        def __init__(self, key: _Optional[int] = ..., value: _Optional[_Union[MemAddr, _Mapping]] = ...) -> None: ...
+    COMM_ID_FIELD_NUMBER: _ClassVar[int]
+    COUNT_FIELD_NUMBER: _ClassVar[int]
+    OP_FIELD_NUMBER: _ClassVar[int]
+    MEM_ADDRS_FIELD_NUMBER: _ClassVar[int]
+    DTYPE_FIELD_NUMBER: _ClassVar[int]
+    comm_id: int
+    count: int
+    op: ReduceOp
+    mem_addrs: _containers.MessageMap[int, MemAddr]
+    dtype: DataType
+    def __init__(self, comm_id: _Optional[int] = ..., count: _Optional[int] = ..., op: _Optional[_Union[ReduceOp, str]] = ..., mem_addrs: _Optional[_Mapping[int, MemAddr]] = ..., dtype: _Optional[_Union[DataType, str]] = ...) -> None: ...
+
+class NaiveAllReduceResponse(_message.Message):
+    __slots__ = ("success", "result")
+    SUCCESS_FIELD_NUMBER: _ClassVar[int]
+    RESULT_FIELD_NUMBER: _ClassVar[int]
+    success: bool
+    result: CollectiveResult
+    def __init__(self, success: bool = ..., result: _Optional[_Union[CollectiveResult, _Mapping]] = ...) -> None: ...
+
+class MemcpyHostToDeviceRequest(_message.Message):
+    __slots__ = ("hostSrcData", "dstDeviceId", "dstMemAddr")
+    HOSTSRCDATA_FIELD_NUMBER: _ClassVar[int]
+    DSTDEVICEID_FIELD_NUMBER: _ClassVar[int]
+    DSTMEMADDR_FIELD_NUMBER: _ClassVar[int]
+    hostSrcData: bytes
+    dstDeviceId: DeviceId
+    dstMemAddr: MemAddr
+    def __init__(self, hostSrcData: _Optional[bytes] = ..., dstDeviceId: _Optional[_Union[DeviceId, _Mapping]] = ..., dstMemAddr: _Optional[_Union[MemAddr, _Mapping]] = ...) -> None: ...
+
+class MemcpyHostToDeviceResponse(_message.Message):
+    __slots__ = ("success",)
+    SUCCESS_FIELD_NUMBER: _ClassVar[int]
+    success: bool
+    def __init__(self, success: bool = ...) -> None: ...
+
+class MemcpyDeviceToHostRequest(_message.Message):
+    __slots__ = ("srcDeviceId", "srcMemAddr", "numBytes")
+    SRCDEVICEID_FIELD_NUMBER: _ClassVar[int]
+    SRCMEMADDR_FIELD_NUMBER: _ClassVar[int]
+    NUMBYTES_FIELD_NUMBER: _ClassVar[int]
+    srcDeviceId: DeviceId
+    srcMemAddr: MemAddr
+    numBytes: int
+    def __init__(self, srcDeviceId: _Optional[_Union[DeviceId, _Mapping]] = ..., srcMemAddr: _Optional[_Union[MemAddr, _Mapping]] = ..., numBytes: _Optional[int] = ...) -> None: ...
+
+class MemcpyDeviceToHostResponse(_message.Message):
+    __slots__ = ("dstData",)
+    DSTDATA_FIELD_NUMBER: _ClassVar[int]
+    dstData: bytes
+    def __init__(self, dstData: _Optional[bytes] = ...) -> None: ...
+
+class MemcpyRequest(_message.Message):
+    __slots__ = ("hostToDevice", "deviceToHost")
+    HOSTTODEVICE_FIELD_NUMBER: _ClassVar[int]
+    DEVICETOHOST_FIELD_NUMBER: _ClassVar[int]
+    hostToDevice: MemcpyHostToDeviceRequest
+    deviceToHost: MemcpyDeviceToHostRequest
+    def __init__(self, hostToDevice: _Optional[_Union[MemcpyHostToDeviceRequest, _Mapping]] = ..., deviceToHost: _Optional[_Union[MemcpyDeviceToHostRequest, _Mapping]] = ...) -> None: ...
+
+class MemcpyResponse(_message.Message):
+    __slots__ = ("hostToDevice", "deviceToHost")
+    HOSTTODEVICE_FIELD_NUMBER: _ClassVar[int]
+    DEVICETOHOST_FIELD_NUMBER: _ClassVar[int]
+    hostToDevice: MemcpyHostToDeviceResponse
+    deviceToHost: MemcpyDeviceToHostResponse
+    def __init__(self, hostToDevice: _Optional[_Union[MemcpyHostToDeviceResponse, _Mapping]] = ..., deviceToHost: _Optional[_Union[MemcpyDeviceToHostResponse, _Mapping]] = ...) -> None: ...
+
+class CommFinalizeRequest(_message.Message):
+    __slots__ = ("commId",)
+    COMMID_FIELD_NUMBER: _ClassVar[int]
+    commId: int
+    def __init__(self, commId: _Optional[int] = ...) -> None: ...
+
+class CommFinalizeResponse(_message.Message):
+    __slots__ = ("status",)
+    STATUS_FIELD_NUMBER: _ClassVar[int]
+    status: Status
+    def __init__(self, status: _Optional[_Union[Status, str]] = ...) -> None: ...
+
+class CommDestroyRequest(_message.Message):
+    __slots__ = ("commId",)
+    COMMID_FIELD_NUMBER: _ClassVar[int]
+    commId: int
+    def __init__(self, commId: _Optional[int] = ...) -> None: ...
+
+class CommDestroyResponse(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class ListDevicesRequest(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class ListDevicesResponse(_message.Message):
+    __slots__ = ("devices",)
+    DEVICES_FIELD_NUMBER: _ClassVar[int]
+    devices: _containers.RepeatedCompositeFieldContainer[DeviceStatus]
+    def __init__(self, devices: _Optional[_Iterable[_Union[DeviceStatus, _Mapping]]] = ...) -> None: ...
+
+class DeviceStatus(_message.Message):
+    __slots__ = ("metadata", "reachable", "commIds", "embedded")
+    METADATA_FIELD_NUMBER: _ClassVar[int]
+    REACHABLE_FIELD_NUMBER: _ClassVar[int]
+    COMMIDS_FIELD_NUMBER: _ClassVar[int]
+    EMBEDDED_FIELD_NUMBER: _ClassVar[int]
+    metadata: DeviceMetadata
+    reachable: bool
+    commIds: _containers.RepeatedScalarFieldContainer[int]
+    embedded: bool
+    def __init__(self, metadata: _Optional[_Union[DeviceMetadata, _Mapping]] = ..., reachable: bool = ..., commIds: _Optional[_Iterable[int]] = ..., embedded: bool = ...) -> None: ...

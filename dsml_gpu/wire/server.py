@@ -1,0 +1,104 @@
+"""A gRPC server as this project runs them: our services, health, reflection, one port that is ours alone, orderly end."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import signal
+import socket
+from collections.abc import Mapping
+from typing import Any
+
+import grpc
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+
+from dsml_gpu.wire.service import service_handler
+from dsml_gpu.wire.stubs import DEFAULT_MAX_MESSAGE_BYTES, channel_options
+
+log = logging.getLogger(__name__)
+
+
+_WILDCARDS = ("0.0.0.0", "::")
+
+
+class PortInUse(OSError):
+    """The address cannot be listened on; the message is one line for people."""
+
+
+class RpcServer:
+    """An asyncio gRPC server for services of the contract.
+
+    Use: construct, `bind`, `await start(...)`, then `await stop()` or `await serve_until_signalled()`; all from one event
+    loop.
+
+    Args:
+        host, port: where to listen; port 0 takes a free one.
+        max_message_bytes: larger messages are refused with RESOURCE_EXHAUSTED.
+    """
+
+    def __init__(self, host: str, port: int, max_message_bytes: int = DEFAULT_MAX_MESSAGE_BYTES) -> None:
+        self.host = host
+        self.port = port
+        # Without SO_REUSEPORT a second server on the port is an error, not a silent sharer of its connections.
+        self._server = grpc.aio.server(options=[*channel_options(max_message_bytes), ("grpc.so_reuseport", 0)])
+        self._health = health.aio.HealthServicer()
+        self._stopped = False
+
+    @property
+    def address(self) -> str:
+        """host:port for those who connect; the port is the real one once the server is bound."""
+        host = socket.gethostname() if self.host in _WILDCARDS else self.host
+        return _join(host, self.port)
+
+    def bind(self) -> None:
+        """Takes the port; connections wait until `start`.
+
+        Raises:
+            PortInUse: the address is taken or cannot be bound.
+        """
+        listen_on = _join(self.host, self.port)
+        try:
+            port = self._server.add_insecure_port(listen_on)
+        except RuntimeError:
+            port = 0
+        if port == 0:
+            raise PortInUse(f"cannot listen on {listen_on}: the port is in use, or the host is no address of this machine")
+        self.port = port
+
+    async def start(self, servicers: Mapping[str, Any]) -> None:
+        """Serves.
+
+        Args:
+            servicers: service name in the contract (``"GPUDevice"``) -> servicer.
+        """
+        for name, servicer in servicers.items():
+            self._server.add_generic_rpc_handlers((service_handler(name, servicer),))
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
+        names = [f"gpu_sim.{name}" for name in servicers]
+        reflection.enable_server_reflection([*names, health.SERVICE_NAME, reflection.SERVICE_NAME], self._server)
+        await self._server.start()
+        for name in ["", *names]:
+            await self._health.set(name, health_pb2.HealthCheckResponse.SERVING)
+
+    async def stop(self, drain_s: float = 10.0) -> None:
+        """Refuses new calls, lets running ones end for `drain_s` seconds, cancels the rest. Idempotent."""
+        if self._stopped:
+            return
+        self._stopped = True
+        await self._health.enter_graceful_shutdown()
+        await self._server.stop(drain_s)
+
+    async def serve_until_signalled(self, drain_s: float = 10.0, also: asyncio.Event | None = None) -> None:
+        """Serves until SIGTERM or SIGINT (or until `also` is set), then drains."""
+        ended = also or asyncio.Event()
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, ended.set)
+        await ended.wait()
+        log.info("draining: running calls have %g s to end", drain_s)
+        await self.stop(drain_s)
+
+
+def _join(host: str, port: int) -> str:
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"

@@ -1,0 +1,31 @@
+"""Exceptions to gRPC status and back."""
+
+from __future__ import annotations
+
+from typing import Any, NoReturn
+
+import grpc
+
+from dsml_gpu.errors import DsmlError, error_from
+
+#: Trailing metadata key that carries the name of the refusal.
+REFUSAL_KEY = "dsml-refusal"
+#: gRPC sends messages as a header; servers and proxies limit headers to 8 KiB.
+_MAX_MESSAGE_CHARACTERS = 1500
+
+
+async def abort(context: grpc.aio.ServicerContext[Any, Any], error: DsmlError) -> NoReturn:
+    """Ends the call with the status that stands for `error`."""
+    await context.abort(
+        grpc.StatusCode[error.code],
+        str(error)[:_MAX_MESSAGE_CHARACTERS],
+        trailing_metadata=((REFUSAL_KEY, error.refusal),),
+    )
+    raise AssertionError("abort raises")
+
+
+def error_of(failure: grpc.RpcError) -> DsmlError:
+    """The exception that a failed call stands for."""
+    trailing = failure.trailing_metadata() or ()
+    refusal = next((str(value) for key, value in trailing if key == REFUSAL_KEY), None)
+    return error_from(failure.code().name, failure.details() or "", refusal)
