@@ -113,15 +113,22 @@ class Communicator:
 
     async def group_end(self, wait: bool) -> pb.CollectiveResult | None:
         """Runs the open group. Raises GroupMisuse where none is open, and what the group fails with when `wait` is set."""
-        if self._group is None:
-            raise GroupMisuse(f"communicator {self.comm_id} has no open group")
-        group, self._group = self._group, None
-        task = self._start(group)
+        task = self._start(self._close_group())
         if wait:
             return await task
         # Nobody waits: the status keeps the error.
         task.add_done_callback(lambda done: done.cancelled() or done.exception())
         return None
+
+    def group_discard(self) -> None:
+        """Drops the open group. Raises GroupMisuse where none is open."""
+        self._close_group()
+
+    def _close_group(self) -> list[Collective]:
+        if self._group is None:
+            raise GroupMisuse(f"communicator {self.comm_id} has no open group")
+        group, self._group = self._group, None
+        return group
 
     async def submit(self, collective: Collective) -> pb.CollectiveResult | None:
         """Checks a collective against the devices' memory, then queues it in the open group or runs it.
@@ -155,6 +162,8 @@ class Communicator:
         return task
 
     async def _run(self, collectives: list[Collective]) -> pb.CollectiveResult:
+        if not collectives:
+            return pb.CollectiveResult()
         what = str(collectives[0]) if len(collectives) == 1 else f"a group of {len(collectives)} operations"
         try:
             async with in_order(self.handles):

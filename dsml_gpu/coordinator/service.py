@@ -131,7 +131,11 @@ class CoordinatorService:
         return pb.GroupStartResponse(success=True)
 
     async def GroupEnd(self, request: pb.GroupEndRequest, context: Any) -> pb.GroupEndResponse:
-        result = await self._comm(request.commId).group_end(wait=not request.nonBlocking)
+        comm = self._comm(request.commId)
+        if request.discard:
+            comm.group_discard()
+            return pb.GroupEndResponse(success=True)
+        result = await comm.group_end(wait=not request.nonBlocking)
         return pb.GroupEndResponse(success=True, result=result)
 
     async def AllReduceRing(self, request: pb.AllReduceRingRequest, context: Any) -> pb.AllReduceRingResponse:

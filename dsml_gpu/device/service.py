@@ -40,6 +40,9 @@ class TransferSettings:
     slice_bytes: int = 512 << 10
     stall_timeout_s: float = 30.0
 
+    def __post_init__(self) -> None:
+        check_slice_bytes(self.slice_bytes)
+
 
 class DeviceService:
     """Servicer of GPUDevice for one or more devices of this process.
@@ -151,8 +154,7 @@ class DeviceService:
         for operation in operations:
             device.arena.check(operation.addr, operation.elements * operation.dtype.itemsize)
         slice_bytes = request.sliceBytes or self._settings.slice_bytes
-        if slice_bytes < _MIN_SLICE_BYTES or slice_bytes % 8:
-            raise InvalidValue(f"sliceBytes must be a multiple of 8 from {_MIN_SLICE_BYTES} up, not {slice_bytes}")
+        check_slice_bytes(slice_bytes)
         stall_timeout_s = request.stallTimeoutMs / 1000 or self._settings.stall_timeout_s
         links = self._open_links(device, membership, request.links, programs)
         execution = GroupExecution(device.arena, membership.nranks, links, slice_bytes, stall_timeout_s)
@@ -227,6 +229,12 @@ class DeviceService:
         device.arena.check(addr, nbytes)
         for start in range(0, nbytes, COPY_SLICE_BYTES):
             yield Chunk(device.arena.read(addr + start, min(COPY_SLICE_BYTES, nbytes - start)))
+
+
+def check_slice_bytes(slice_bytes: int) -> None:
+    """Raises InvalidValue where chunks cannot be cut into pieces of this size."""
+    if slice_bytes < _MIN_SLICE_BYTES or slice_bytes % 8:
+        raise InvalidValue(f"slices must be a multiple of 8 bytes from {_MIN_SLICE_BYTES} up, not {slice_bytes}")
 
 
 def _joined(device: Device, comm_id: int) -> Membership:

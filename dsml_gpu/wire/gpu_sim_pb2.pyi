@@ -454,12 +454,14 @@ class GroupStartResponse(_message.Message):
     def __init__(self, success: bool = ...) -> None: ...
 
 class GroupEndRequest(_message.Message):
-    __slots__ = ("commId", "nonBlocking")
+    __slots__ = ("commId", "nonBlocking", "discard")
     COMMID_FIELD_NUMBER: _ClassVar[int]
     NONBLOCKING_FIELD_NUMBER: _ClassVar[int]
+    DISCARD_FIELD_NUMBER: _ClassVar[int]
     commId: int
     nonBlocking: bool
-    def __init__(self, commId: _Optional[int] = ..., nonBlocking: bool = ...) -> None: ...
+    discard: bool
+    def __init__(self, commId: _Optional[int] = ..., nonBlocking: bool = ..., discard: bool = ...) -> None: ...
 
 class GroupEndResponse(_message.Message):
     __slots__ = ("success", "result")

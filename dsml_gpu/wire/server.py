@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 import signal
 import socket
 from collections.abc import Mapping
@@ -16,8 +15,6 @@ from grpc_reflection.v1alpha import reflection
 from dsml_gpu.wire.service import service_handler
 from dsml_gpu.wire.stubs import DEFAULT_MAX_MESSAGE_BYTES, channel_options
 
-log = logging.getLogger(__name__)
-
 
 _WILDCARDS = ("0.0.0.0", "::")
 
@@ -29,7 +26,7 @@ class PortInUse(OSError):
 class RpcServer:
     """An asyncio gRPC server for services of the contract.
 
-    Use: construct, `bind`, `await start(...)`, then `await stop()` or `await serve_until_signalled()`; all from one event
+    Use: construct, `bind`, `await start(...)`, then `await stop()` or `await wait_for_signal(...)` and `stop`; all from one event
     loop.
 
     Args:
@@ -89,15 +86,12 @@ class RpcServer:
         await self._health.enter_graceful_shutdown()
         await self._server.stop(drain_s)
 
-    async def serve_until_signalled(self, drain_s: float = 10.0, also: asyncio.Event | None = None) -> None:
-        """Serves until SIGTERM or SIGINT (or until `also` is set), then drains."""
-        ended = also or asyncio.Event()
+    async def wait_for_signal(self, ended: asyncio.Event) -> None:
+        """Returns at SIGTERM or SIGINT, or when `ended` is set."""
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, ended.set)
         await ended.wait()
-        log.info("draining: running calls have %g s to end", drain_s)
-        await self.stop(drain_s)
 
 
 def _join(host: str, port: int) -> str:

@@ -1,0 +1,100 @@
+"""Device servers and a coordinator as processes of their own on this machine, for the demo, the benchmarks and the tests."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+import subprocess
+import sys
+from collections.abc import Sequence
+from types import TracebackType
+
+_STOP_TIMEOUT_S = 15.0
+
+
+class ServerProcess:
+    """One ``dsml-gpu`` server, started with ``--port 0`` and ready when the constructor returns.
+
+    It stops with `stop`, with its ``with`` block, and with the process that started it, however that one ends.
+
+    Attributes:
+        address: host:port it listens on.
+        process: the process.
+
+    Raises:
+        RuntimeError: it did not start; its error output went to ours.
+    """
+
+    def __init__(self, *arguments: str) -> None:
+        command = [sys.executable, "-m", "dsml_gpu", *arguments, "--port", "0", "--until-stdin-closes"]
+        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        assert self.process.stdout is not None
+        self.ready_line = self.process.stdout.readline()
+        match = re.search(r"listening on (\S+)", self.ready_line)
+        if match is None:
+            self.stop()
+            raise RuntimeError(f"{' '.join(arguments)} did not start; it ended with status {self.process.returncode}")
+        self.address = match[1]
+
+    def stop(self) -> int:
+        """Asks it to end, waits, and returns its exit status; kills it when it does not end. Idempotent."""
+        for stream in (self.process.stdin, self.process.stdout):
+            assert stream is not None
+            with contextlib.suppress(BrokenPipeError):
+                stream.close()
+        try:
+            return self.process.wait(_STOP_TIMEOUT_S)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            return self.process.wait()
+
+    def __enter__(self) -> ServerProcess:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.stop()
+
+
+class Fleet:
+    """A coordinator over device servers, each a process of its own on loopback.
+
+    Args:
+        ndevices: number of device servers; their ids are 1..ndevices.
+        device_options, coordinator_options: further command line options.
+
+    Attributes:
+        address: host:port of the coordinator.
+        devices, coordinator: the processes.
+    """
+
+    def __init__(
+        self, ndevices: int, device_options: Sequence[str] = (), coordinator_options: Sequence[str] = ()
+    ) -> None:
+        self._processes = contextlib.ExitStack()
+        try:
+            self.devices = [
+                self._processes.enter_context(ServerProcess("device", "--id", str(number), *device_options))
+                for number in range(1, ndevices + 1)
+            ]
+            addresses = [option for device in self.devices for option in ("--device", device.address)]
+            self.coordinator = self._processes.enter_context(
+                ServerProcess("coordinator", *addresses, *coordinator_options)
+            )
+        except BaseException:
+            self._processes.close()
+            raise
+        self.address = self.coordinator.address
+
+    def stop(self) -> None:
+        """Ends all processes, the coordinator first. Idempotent."""
+        self._processes.close()
+
+    def __enter__(self) -> Fleet:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.stop()

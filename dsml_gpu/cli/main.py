@@ -1,0 +1,169 @@
+"""The commands and their options. What they do is imported when they run, so that `--help` is quick."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Annotated, Optional
+
+import typer
+
+from dsml_gpu.cli.units import format_size, parse_size
+
+app = typer.Typer(
+    name="dsml-gpu",
+    help="A GPU device server: device memory and collectives behind gRPC.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+)
+
+Host = Annotated[str, typer.Option(help="Address to listen on.")]
+Memory = Annotated[
+    int, typer.Option(parser=parse_size, metavar="SIZE", help="Memory of each device, for example 1GiB or 512MiB.")
+]
+BackendName = Annotated[
+    str, typer.Option("--backend", metavar="auto|numpy|cupy", help="Where device memory is. auto: CuPy when a GPU answers.")
+]
+MaxMessage = Annotated[
+    int,
+    typer.Option(parser=parse_size, metavar="SIZE", help="Largest message accepted; streaming copies have no limit."),
+]
+StallTimeout = Annotated[
+    float, typer.Option(min=0.1, metavar="SECONDS", help="Give up on a transfer when nothing has moved for so long.")
+]
+SliceBytes = Annotated[
+    int, typer.Option("--slice", parser=parse_size, metavar="SIZE", help="Size of the messages that chunks are cut into.")
+]
+MetricsPort = Annotated[Optional[int], typer.Option(metavar="PORT", help="Serve Prometheus metrics on this port.")]  # noqa: UP045  typer reads it at run time on Python 3.10 as well
+Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Log more.")]
+UntilStdinCloses = Annotated[
+    bool, typer.Option("--until-stdin-closes", help="Also stop when standard input ends: with the process that started it.")
+]
+DeviceAddresses = Annotated[
+    Optional[list[str]],  # noqa: UP045
+    typer.Option("--device", metavar="HOST:PORT", help="A device server to use; may be given several times."),
+]
+ConfigFile = Annotated[
+    Optional[Path],  # noqa: UP045
+    typer.Option(
+        "--config", exists=True, dir_okay=False, help='TOML file with devices = ["HOST:PORT", ...], used after --device.'
+    ),
+]
+Embedded = Annotated[
+    Optional[int],  # noqa: UP045
+    typer.Option(
+        min=0,
+        metavar="N",
+        help="Have N devices in this process. Default: none beside configured devices, else as many as are asked for.",
+    ),
+]
+TransportName = Annotated[
+    str, typer.Option(metavar="auto|p2p|grpc", help="Transport of communicators that ask for none.")
+]
+OperationTimeout = Annotated[
+    float, typer.Option(min=0.1, metavar="SECONDS", help="Fail a collective that takes longer, moving or not.")
+]
+
+
+@app.command()
+def device(
+    host: Host = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Port to listen on; 0 takes a free one.")] = 50051,
+    memory: Memory = "1GiB",  # type: ignore[assignment]  # typer parses defaults as it parses arguments
+    backend: BackendName = "auto",
+    device_id: Annotated[
+        Optional[int],  # noqa: UP045
+        typer.Option("--id", min=1, max=(1 << 64) - 1, help="Device id. Default: made from host name and port."),
+    ] = None,
+    min_addr: Annotated[int, typer.Option(min=0, help="Address of the first byte of device memory.")] = 0,
+    max_message: MaxMessage = "1GiB",  # type: ignore[assignment]
+    slice_bytes: SliceBytes = "512KiB",  # type: ignore[assignment]
+    stall_timeout: StallTimeout = 30.0,
+    metrics_port: MetricsPort = None,
+    until_stdin_closes: UntilStdinCloses = False,
+    verbose: Verbose = False,
+) -> None:
+    """Serve one device."""
+    from dsml_gpu.cli import serve
+    from dsml_gpu.device.server import DeviceConfig, DeviceServer
+
+    serve.set_up_logging(verbose)
+    chosen, why = serve.backend_or_exit(backend)
+    config = serve.config_or_exit(
+        DeviceConfig,
+        host=host,
+        port=port,
+        device_id=device_id,
+        memory_bytes=memory,
+        min_addr=min_addr,
+        backend=chosen,
+        max_message_bytes=max_message + serve.MESSAGE_OVERHEAD_BYTES,
+        transfers=serve.transfer_settings_or_exit(slice_bytes, stall_timeout),
+    )
+
+    def ready(server: DeviceServer) -> str:
+        return (
+            f"dsml-gpu device {server.device.device_id} listening on {server.address} "
+            f"({format_size(memory)} of device memory; {why})"
+        )
+
+    serve.run(lambda: DeviceServer(config), ready, until_stdin_closes=until_stdin_closes, metrics_port=metrics_port)
+
+
+def coordinator(
+    context: typer.Context,
+    host: Host = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Port to listen on; 0 takes a free one.")] = 50052,
+    devices: DeviceAddresses = None,
+    config_file: ConfigFile = None,
+    embedded: Embedded = None,
+    memory: Memory = "1GiB",  # type: ignore[assignment]
+    backend: BackendName = "auto",
+    transport: TransportName = "auto",
+    max_message: MaxMessage = "1GiB",  # type: ignore[assignment]
+    slice_bytes: SliceBytes = "512KiB",  # type: ignore[assignment]
+    stall_timeout: StallTimeout = 30.0,
+    operation_timeout: OperationTimeout = 600.0,
+    metrics_port: MetricsPort = None,
+    until_stdin_closes: UntilStdinCloses = False,
+    verbose: Verbose = False,
+) -> None:
+    """Serve communicators and collectives over device servers, or over devices in this process."""
+    from dsml_gpu.cli import serve
+    from dsml_gpu.coordinator.server import CoordinatorConfig, CoordinatorServer
+    from dsml_gpu.coordinator.service import CoordinatorSettings
+
+    serve.set_up_logging(verbose)
+    chosen, why = serve.backend_or_exit(backend)
+    config = serve.config_or_exit(
+        CoordinatorConfig,
+        host=host,
+        port=port,
+        devices=(*(devices or ()), *serve.devices_of(config_file)),
+        embedded=embedded,
+        memory_bytes=memory,
+        backend=chosen,
+        max_message_bytes=max_message + serve.MESSAGE_OVERHEAD_BYTES,
+        settings=CoordinatorSettings(serve.transport_or_exit(transport), stall_timeout, operation_timeout),
+        transfers=serve.transfer_settings_or_exit(slice_bytes, stall_timeout),
+    )
+    ready = serve.summary if context.info_name == "serve" else serve.line
+    serve.run(
+        lambda: CoordinatorServer(config),
+        lambda server: ready(server, why),
+        until_stdin_closes=until_stdin_closes,
+        metrics_port=metrics_port,
+    )
+
+
+app.command("coordinator")(coordinator)
+app.command("serve", help="The same as coordinator, with a summary of what it serves and how to use it.")(coordinator)
+
+
+def main() -> None:
+    """Entry point of the command."""
+    # gRPC's own log lines would stand beside the one clear line that a failure gets; set the variable to see them.
+    os.environ.setdefault("GRPC_VERBOSITY", "NONE")
+    app()

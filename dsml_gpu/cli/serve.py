@@ -1,0 +1,203 @@
+"""Runs a device server or a coordinator in the foreground, and turns what stops it from starting into one line and exit 1."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NoReturn, Protocol, TypeVar
+
+import typer
+
+from dsml_gpu.cli.units import format_size
+from dsml_gpu.coordinator.server import CoordinatorServer
+from dsml_gpu.device.service import TransferSettings
+from dsml_gpu.errors import DsmlError
+from dsml_gpu.memory.arena import MIN_ARENA_BYTES
+from dsml_gpu.memory.backend import Backend, BackendUnavailable, select_backend
+from dsml_gpu.wire import gpu_sim_pb2 as pb
+from dsml_gpu.wire.server import PortInUse, RpcServer
+
+#: Room in a message for the fields around its payload.
+MESSAGE_OVERHEAD_BYTES = 1 << 16
+
+
+class Server(Protocol):
+    """What `run` needs of a server."""
+
+    rpc: RpcServer
+
+    async def start(self) -> None: ...
+    async def stop(self, drain_s: float = ...) -> None: ...
+
+
+S = TypeVar("S", bound=Server)
+C = TypeVar("C")
+
+
+def run(make: Callable[[], S], ready: Callable[[S], str], *, until_stdin_closes: bool, metrics_port: int | None) -> None:
+    """Starts a server, prints what `ready` says of it, and serves until SIGTERM or SIGINT.
+
+    Args:
+        until_stdin_closes: also stop at the end of standard input.
+        metrics_port: serve Prometheus metrics there.
+    """
+    try:
+        asyncio.run(_serve(make, ready, until_stdin_closes, metrics_port))
+    except (PortInUse, DsmlError) as error:
+        fail(str(error))
+
+
+async def _serve(
+    make: Callable[[], S], ready: Callable[[S], str], until_stdin_closes: bool, metrics_port: int | None
+) -> None:
+    server = make()
+    await server.start()
+    if metrics_port is not None:
+        _serve_metrics(server.rpc.host, metrics_port)
+    print(ready(server), flush=True)
+    ended = asyncio.Event()
+    if until_stdin_closes:
+        await _set_at_end_of_stdin(ended)
+    await server.rpc.wait_for_signal(ended)
+    logging.getLogger(__name__).info("draining")
+    await server.stop()
+
+
+def _serve_metrics(host: str, port: int) -> None:
+    from dsml_gpu.observe import metrics
+
+    try:
+        metrics.serve(host, port)
+    except OSError as error:
+        fail(f"cannot serve metrics on {host}:{port}: {error.strerror}")
+
+
+async def _set_at_end_of_stdin(ended: asyncio.Event) -> None:
+    class AtEnd(asyncio.Protocol):
+        def eof_received(self) -> None:
+            ended.set()
+
+        def connection_lost(self, error: Exception | None) -> None:
+            ended.set()
+
+    await asyncio.get_running_loop().connect_read_pipe(AtEnd, sys.stdin)
+
+
+def line(server: CoordinatorServer, why: str) -> str:
+    """What `coordinator` says when it is ready."""
+    return f"dsml-gpu coordinator listening on {server.address} ({_devices(server)}; {why})"
+
+
+def summary(server: CoordinatorServer, why: str) -> str:
+    """What `serve` says when it is ready."""
+    lines = [
+        line(server, why),
+        "",
+        f"  devices    {_devices(server)}",
+        f"  transport  {pb.Transport.Name(server.config.settings.transport).lower()}",
+        "  from Python",
+        "      import dsml_gpu",
+        f'      with dsml_gpu.connect("{server.address}") as client, client.communicator(2) as comm:',
+        "          arrays = comm.array([[1.0, 2.0], [3.0, 4.0]])",
+        "          comm.all_reduce(arrays)",
+        "          print(arrays[0].get())",
+        "  from any language: proto/gpu_sim.proto; reflection and health services are on",
+        "  stop       Ctrl-C",
+    ]
+    lines[3:3] = [
+        f"      device {handle.device_id} at {handle.address}, {handle.metadata.backend}"
+        if handle.reachable
+        else f"      {handle.address} does not answer yet"
+        for handle in server.registry.handles
+    ]
+    return "\n".join(lines)
+
+
+def _devices(server: CoordinatorServer) -> str:
+    config = server.config
+    answering = sum(handle.reachable for handle in server.registry.handles if not handle.embedded)
+    parts = []
+    if config.devices:
+        parts.append(f"{answering} of {len(config.devices)} device servers answer")
+    if config.embedded_limit:
+        how = "on demand up to " if config.embedded is None else ""
+        parts.append(f"{how}{config.embedded_limit} embedded devices of {format_size(config.memory_bytes)}")
+    return ", ".join(parts) or "no devices"
+
+
+def set_up_logging(verbose: bool) -> None:
+    """Log lines go to standard error."""
+    logging.basicConfig(
+        level=logging.INFO if verbose else logging.WARNING, format="%(asctime)s %(levelname)s %(name)s: %(message)s"
+    )
+
+
+def backend_or_exit(name: str) -> tuple[Backend, str]:
+    """See `select_backend`."""
+    try:
+        return select_backend(name)
+    except (BackendUnavailable, ValueError) as error:
+        fail(str(error))
+
+
+def transport_or_exit(name: str) -> int:
+    """Number of ``enum Transport``."""
+    if name.upper() not in pb.Transport.keys():
+        fail(f"transport must be auto, p2p or grpc, not {name!r}")
+    return pb.Transport.Value(name.upper())
+
+
+def transfer_settings_or_exit(slice_bytes: int, stall_timeout_s: float) -> TransferSettings:
+    """See `TransferSettings`."""
+    return config_or_exit(TransferSettings, slice_bytes=slice_bytes, stall_timeout_s=stall_timeout_s)
+
+
+def config_or_exit(make: Callable[..., C], **values: Any) -> C:
+    """A configuration from options, or one line that says which of them does not do."""
+    if values.get("memory_bytes", MIN_ARENA_BYTES) < MIN_ARENA_BYTES:
+        fail(f"--memory must be at least {format_size(MIN_ARENA_BYTES)}, not {format_size(values['memory_bytes'])}")
+    if values.get("min_addr", 0) + values.get("memory_bytes", 0) >= 1 << 64:
+        fail("--min-addr + --memory leave 64 bits")
+    if "max_message_bytes" in values and values["max_message_bytes"] >= 1 << 31:
+        fail(f"--max-message must be below {format_size((1 << 31) - MESSAGE_OVERHEAD_BYTES)}; stream what is larger")
+    try:
+        return make(**values)
+    except ValueError as error:
+        fail(str(error))
+
+
+def devices_of(path: Path | None) -> list[str]:
+    """Device servers that a configuration file names.
+
+    The file is TOML with ``devices = ["HOST:PORT", ...]``.
+    """
+    if path is None:
+        return []
+    try:
+        content = _load_toml(path)
+    except ValueError as error:
+        fail(f"{path}: {error}")
+    devices = content.get("devices")
+    if not isinstance(devices, list) or not all(isinstance(device, str) for device in devices):
+        fail(f'{path}: expected devices = ["HOST:PORT", ...], got {devices!r}')
+    unknown = sorted(set(content) - {"devices"})
+    if unknown:
+        fail(f"{path}: unknown keys {', '.join(unknown)}; known: devices")
+    return devices
+
+
+def _load_toml(path: Path) -> dict[str, Any]:
+    if sys.version_info >= (3, 11):
+        import tomllib
+    else:
+        import tomli as tomllib
+    return tomllib.loads(path.read_text(encoding="utf-8"))
+
+
+def fail(message: str) -> NoReturn:
+    """One clear line, exit status 1."""
+    typer.echo(f"dsml-gpu: {message}", err=True)
+    raise typer.Exit(1)
