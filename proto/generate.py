@@ -114,7 +114,7 @@ def differences(made: Path, committed: Path) -> list[str]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--check", action="store_true", help="write nothing; exit 1 where the committed stubs are stale")
+    parser.add_argument("--check", action="store_true", help="write nothing; exit 1 where what is committed is stale")
     check = parser.parse_args().check
     committed = ROOT / PACKAGE_DIR
     with tempfile.TemporaryDirectory() as scratch:
