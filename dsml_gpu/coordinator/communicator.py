@@ -197,9 +197,12 @@ class Communicator:
             for rank, (handle, request) in enumerate(zip(self.handles, requests, strict=True))
         ]
         try:
-            await asyncio.wait(tasks, return_when=asyncio.FIRST_EXCEPTION)
-            failed = any(task.done() and task.exception() for task in tasks)
-            if failed:
+            _, unfinished = await asyncio.wait(
+                tasks, timeout=self._operation_timeout_s, return_when=asyncio.FIRST_EXCEPTION
+            )
+            if unfinished and not any(task.done() and task.exception() for task in tasks):
+                raise OperationTimeout(f"not done after {self._operation_timeout_s:g} s")
+            if unfinished:
                 await asyncio.wait(tasks, timeout=_EXPLANATION_S)
         finally:
             await _cancel(tasks)
@@ -210,7 +213,7 @@ class Communicator:
 
     async def _execute(self, rank: int, handle: DeviceHandle, request: pb.ExecuteRequest) -> int:
         try:
-            response = await handle.call("Execute", request, self._operation_timeout_s)
+            response = await handle.call("Execute", request, timeout_s=None)
         except CommNotFound:
             raise PeerUnavailable(f"rank {rank}: {handle} has lost the communicator; its server was restarted") from None
         except DsmlError as error:

@@ -13,11 +13,13 @@ from dsml_gpu.errors import DsmlError, OperationTimeout, PeerUnavailable, Shutti
 from dsml_gpu.memory.arena import check_range
 from dsml_gpu.wire import gpu_sim_pb2 as pb
 from dsml_gpu.wire.codec import Chunk
-from dsml_gpu.wire.status import error_of
+from dsml_gpu.wire.status import error_of, refusal_of
 from dsml_gpu.wire.stubs import COPY_SLICE_BYTES
 
 #: For control messages that do no work.
 CONTROL_TIMEOUT_S = 5.0
+#: A copy may take its control time and what it needs at this speed.
+_SLOWEST_COPY_BYTES_PER_S = 4 << 20
 
 
 class DeviceHandle:
@@ -57,8 +59,11 @@ class DeviceHandle:
         self.metadata.address = self.address
         self.reachable = True
 
-    async def call(self, method: str, request: Any, timeout_s: float = CONTROL_TIMEOUT_S) -> Any:
+    async def call(self, method: str, request: Any, timeout_s: float | None = CONTROL_TIMEOUT_S) -> Any:
         """One RPC to the device.
+
+        Args:
+            timeout_s: deadline; None where the caller has its own.
 
         Raises:
             PeerUnavailable: there is no connection to it, or it broke.
@@ -66,9 +71,7 @@ class DeviceHandle:
             DsmlError: what the device refused with.
         """
         try:
-            return await asyncio.wait_for(getattr(self._stub, method)(request), timeout_s)
-        except asyncio.TimeoutError:
-            raise OperationTimeout(f"{self} did not answer {method} within {timeout_s:g} s") from None
+            return await getattr(self._stub, method)(request, timeout=timeout_s)
         except grpc.RpcError as failure:
             raise self._error(failure) from None
 
@@ -81,9 +84,10 @@ class DeviceHandle:
                 yield chunk
 
         try:
-            return int((await self._stub.StreamHostToDevice(with_header())).numBytes)
+            response = await self._stub.StreamHostToDevice(with_header(), timeout=_copy_timeout_s(header.numBytes))
         except grpc.RpcError as failure:
             raise self._error(failure) from None
+        return int(response.numBytes)
 
     async def read(self, addr: int, nbytes: int) -> AsyncIterator[Chunk]:
         """Device to host, in pieces."""
@@ -91,7 +95,7 @@ class DeviceHandle:
             deviceId=self.metadata.deviceId, memAddr=pb.MemAddr(value=addr), numBytes=nbytes
         )
         try:
-            async for chunk in self._stub.StreamDeviceToHost(request):
+            async for chunk in self._stub.StreamDeviceToHost(request, timeout=_copy_timeout_s(nbytes)):
                 yield chunk
         except grpc.RpcError as failure:
             raise self._error(failure) from None
@@ -105,7 +109,14 @@ class DeviceHandle:
         if error.code == "UNAVAILABLE" and not isinstance(error, ShuttingDown):
             self.reachable = False
             return PeerUnavailable(f"{self} does not answer: {error}")
+        if error.code == "DEADLINE_EXCEEDED" and refusal_of(failure) is None:
+            return OperationTimeout(f"{self} did not answer in time")
         return error
+
+
+def _copy_timeout_s(nbytes: int) -> float:
+    """A copy of unknown size is given the time of the largest message."""
+    return CONTROL_TIMEOUT_S + (nbytes or 1 << 30) / _SLOWEST_COPY_BYTES_PER_S
 
 
 def pieces(data: bytes) -> AsyncIterator[Chunk]:

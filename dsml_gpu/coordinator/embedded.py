@@ -64,11 +64,11 @@ class EmbeddedDevices:
 
 
 class _LocalStub:
-    """Calls a servicer's methods as a stub would, without gRPC between."""
+    """Calls a servicer's methods as a stub would, without gRPC between; there is no connection that could time out."""
 
     def __init__(self, service: DeviceService) -> None:
         self._service = service
 
     def __getattr__(self, method: str) -> Any:
         call = getattr(self._service, method)
-        return lambda request: call(request, None)
+        return lambda request, timeout: call(request, None)

@@ -10,17 +10,18 @@ cycle.
 from __future__ import annotations
 
 import asyncio
-from collections import defaultdict
-from collections.abc import Coroutine, Mapping
+import sys
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
+from dsml_gpu.device.dataflow import Access, Dataflow
 from dsml_gpu.errors import DsmlError, OperationAborted, OperationTimeout
 from dsml_gpu.memory.arena import Arena
 from dsml_gpu.reduction import Operator, reduce_into
-from dsml_gpu.schedules import Kind, Move, Program, chunk_bounds
+from dsml_gpu.schedules import Kind, chunk_bounds
 from dsml_gpu.transport.link import RecvLink, SendLink
 
 
@@ -29,12 +30,12 @@ class Operation:
     """One collective on one rank.
 
     Attributes:
-        program: this rank's moves.
+        dataflow: this rank's moves.
         addr: its buffer, reduced in place.
         elements: length of the buffer.
     """
 
-    program: Program
+    dataflow: Dataflow
     addr: int
     elements: int
     dtype: np.dtype[Any]
@@ -49,8 +50,18 @@ class Links:
     recv: Mapping[int, RecvLink]
 
     def abort(self, error: DsmlError) -> None:
+        """Tells all peers that this rank gives up, and why."""
         for link in (*self.send.values(), *self.recv.values()):
             link.abort(error)
+
+    async def finish(self) -> None:
+        """Ends all streams; returns when every peer has what this rank sent, and this rank what they sent."""
+        for send in self.send.values():
+            await send.end()
+        for recv in self.recv.values():
+            await recv.finish()
+        for send in self.send.values():
+            await send.delivered()
 
 
 class GroupExecution:
@@ -74,74 +85,67 @@ class GroupExecution:
         self._waiting: dict[str, str] = {}
         self.bytes_sent = 0
 
-    async def run(self, operations: list[Operation]) -> None:
+    async def run(self, operations: Sequence[Operation]) -> None:
         """Runs the group; on return every buffer holds its result, on an exception none is defined.
 
         Raises:
             OperationTimeout: nothing moved for the stall timeout; the message says what was waited for.
             PeerUnavailable, OperationAborted, StreamLength: from the links.
         """
+        watch = _StallWatch(self._stall_timeout_s, lambda: self._slices_moved)
         try:
-            await self._until_stalled(self._run_all(operations))
+            for operation in operations:
+                await self._run_one(operation)
+            self._arena.backend.synchronize()
+            await self._links.finish()
         except asyncio.CancelledError:
-            self._links.abort(OperationAborted("the operation was cancelled"))
-            raise
+            if not watch.stalled:
+                self._links.abort(OperationAborted("the operation was cancelled"))
+                raise
+            waits = "; ".join(self._waiting.values()) or "its peers to take what it sent"
+            error = OperationTimeout(f"nothing moved for {self._stall_timeout_s:g} s; waited for {waits}")
+            self._links.abort(OperationAborted(str(error)))
+            raise error from None
         except DsmlError as error:
             self._links.abort(OperationAborted(str(error)))
             raise
-
-    async def _run_all(self, operations: list[Operation]) -> None:
-        for operation in operations:
-            await self._run_one(operation)
-        self._arena.backend.synchronize()
-        await _all_or_none([link.finish() for link in (*self._links.send.values(), *self._links.recv.values())])
-
-    async def _until_stalled(self, work: Coroutine[Any, Any, None]) -> None:
-        task = asyncio.ensure_future(work)
-        try:
-            while True:
-                moved_before = self._slices_moved
-                await asyncio.wait([task], timeout=self._stall_timeout_s)
-                if task.done():
-                    return task.result()
-                if self._slices_moved == moved_before:
-                    waits = "; ".join(self._waiting.values()) or "nothing in particular"
-                    raise OperationTimeout(f"nothing moved for {self._stall_timeout_s:g} s; waiting for {waits}")
         finally:
-            if not task.done():
-                task.cancel()
-                await asyncio.gather(task, return_exceptions=True)
+            watch.stop()
 
     async def _run_one(self, operation: Operation) -> None:
-        chunks = _Chunks(operation, self._slice_bytes)
-        sends: dict[int, list[_Access]] = defaultdict(list)
-        recvs: dict[int, list[_Access]] = defaultdict(list)
-        for access in _accesses(operation.program):
-            (sends if access.move.kind is Kind.SEND else recvs)[access.move.peer].append(access)
+        chunks = _cut(operation, self._slice_bytes)
+        flow = operation.dataflow
         await _all_or_none(
-            [self._send(self._links.send[peer], accesses, chunks) for peer, accesses in sends.items()]
-            + [self._receive(self._links.recv[peer], accesses, chunks, operation) for peer, accesses in recvs.items()]
+            [self._send(self._links.send[peer], accesses, chunks) for peer, accesses in flow.sends.items()]
+            + [
+                self._receive(self._links.recv[peer], accesses, chunks, operation)
+                for peer, accesses in flow.receives.items()
+            ]
         )
         # A transport that lends memory may still hold slices of it: they are the peer's until it has read them.
-        for piece in chunks.all_slices():
-            await piece.until(piece.reads_expected, 0)
+        for chunk, reads in zip(chunks, flow.reads, strict=True):
+            for piece in chunk:
+                await piece.until(reads, 0)
 
-    async def _send(self, link: SendLink, accesses: list[_Access], chunks: _Chunks) -> None:
+    async def _send(self, link: SendLink, accesses: Sequence[Access], chunks: list[list[_Slice]]) -> None:
         for access in accesses:
             for piece in chunks[access.move.chunk]:
-                await piece.until(0, access.writes_before)
+                if piece.writes < access.writes_before:
+                    await piece.until(0, access.writes_before)
                 await link.send(self._arena.view(piece.addr, piece.nbytes), piece.count_read)
                 self.bytes_sent += piece.nbytes
                 self._slices_moved += 1
 
-    async def _receive(self, link: RecvLink, accesses: list[_Access], chunks: _Chunks, operation: Operation) -> None:
-        key = f"from {accesses[0].move.peer}"
+    async def _receive(
+        self, link: RecvLink, accesses: Sequence[Access], chunks: list[list[_Slice]], operation: Operation
+    ) -> None:
+        source = f"rank {accesses[0].move.peer}"
         for access in accesses:
             move = access.move
-            self._waiting[key] = f"chunk {move.chunk} of step {access.step} from rank {move.peer}"
+            self._waiting[source] = f"chunk {move.chunk} of step {access.step} from {source}"
             for piece in chunks[move.chunk]:
                 data = await link.recv(piece.nbytes)
-                if not piece.has(access.reads_before, access.writes_before):
+                if piece.reads < access.reads_before or piece.writes < access.writes_before:
                     if link.lends:
                         data = data.copy()
                         link.release()
@@ -150,7 +154,7 @@ class GroupExecution:
                 link.release()
                 piece.count_write()
                 self._slices_moved += 1
-        del self._waiting[key]
+        del self._waiting[source]
 
     def _apply(self, kind: Kind, piece: _Slice, data: Any, operation: Operation) -> None:
         target = self._arena.view(piece.addr, piece.nbytes)
@@ -158,95 +162,82 @@ class GroupExecution:
             target[...] = data
             return
         divisor = self._nranks if operation.operator.averages and kind is Kind.REDUCE_LAST else 1
-        reduce_into(
-            self._arena.backend.xp, operation.operator, target.view(operation.dtype), data.view(operation.dtype), divisor
-        )
-
-
-@dataclass(frozen=True, slots=True)
-class _Access:
-    """A move and how many earlier reads and writes of its chunk it must wait for."""
-
-    move: Move
-    step: int
-    reads_before: int
-    writes_before: int
-
-
-def _accesses(program: Program) -> list[_Access]:
-    """The program's moves in order. A send waits for earlier writes of its chunk, a receive for earlier reads as well."""
-    reads: dict[int, int] = defaultdict(int)
-    writes: dict[int, int] = defaultdict(int)
-    accesses = []
-    for number, step in enumerate(program.steps):
-        for move in step:
-            accesses.append(_Access(move, number, reads[move.chunk], writes[move.chunk]))
-            (reads if move.kind is Kind.SEND else writes)[move.chunk] += 1
-    return accesses
+        dtype = operation.dtype
+        reduce_into(self._arena.backend.xp, operation.operator, target.view(dtype), data.view(dtype), divisor)
 
 
 class _Slice:
     """A piece of a chunk, and how often it has been read and written so far."""
 
-    __slots__ = ("_reads", "_waiters", "_writes", "addr", "nbytes", "reads_expected")
+    __slots__ = ("_waiters", "addr", "nbytes", "reads", "writes")
 
-    def __init__(self, addr: int, nbytes: int, reads_expected: int) -> None:
+    def __init__(self, addr: int, nbytes: int) -> None:
         self.addr = addr
         self.nbytes = nbytes
-        self.reads_expected = reads_expected
-        self._reads = 0
-        self._writes = 0
+        self.reads = 0
+        self.writes = 0
         self._waiters: list[asyncio.Future[None]] = []
 
-    def has(self, reads: int, writes: int) -> bool:
-        return self._reads >= reads and self._writes >= writes
-
     async def until(self, reads: int, writes: int) -> None:
-        while not self.has(reads, writes):
+        """Returns when it has been read and written so often."""
+        while self.reads < reads or self.writes < writes:
             waiter = asyncio.get_running_loop().create_future()
             self._waiters.append(waiter)
             await waiter
 
     def count_read(self) -> None:
-        self._reads += 1
-        self._wake()
+        self.reads += 1
+        if self._waiters:
+            self._wake()
 
     def count_write(self) -> None:
-        self._writes += 1
-        self._wake()
+        self.writes += 1
+        if self._waiters:
+            self._wake()
 
     def _wake(self) -> None:
-        if self._waiters:
-            waiters, self._waiters = self._waiters, []
-            for waiter in waiters:
-                if not waiter.done():
-                    waiter.set_result(None)
+        waiters, self._waiters = self._waiters, []
+        for waiter in waiters:
+            if not waiter.done():
+                waiter.set_result(None)
 
 
-class _Chunks:
-    """The slices of each chunk of one operation; an empty chunk has none."""
+def _cut(operation: Operation, slice_bytes: int) -> list[list[_Slice]]:
+    """The slices of each chunk; an empty chunk has none."""
+    itemsize, nchunks = operation.dtype.itemsize, operation.dataflow.nchunks
+    chunks = []
+    for chunk in range(nchunks):
+        first, last = chunk_bounds(operation.elements, nchunks, chunk)
+        start, end = operation.addr + first * itemsize, operation.addr + last * itemsize
+        chunks.append([_Slice(addr, min(slice_bytes, end - addr)) for addr in range(start, end, slice_bytes)])
+    return chunks
 
-    def __init__(self, operation: Operation, slice_bytes: int) -> None:
-        program, itemsize = operation.program, operation.dtype.itemsize
-        reads: dict[int, int] = defaultdict(int)
-        for step in program.steps:
-            for move in step:
-                reads[move.chunk] += move.kind is Kind.SEND
-        self._slices: list[list[_Slice]] = []
-        for chunk in range(program.nchunks):
-            first, last = (bound * itemsize for bound in chunk_bounds(operation.elements, program.nchunks, chunk))
-            self._slices.append(
-                [
-                    _Slice(operation.addr + start, min(slice_bytes, last - start), reads[chunk])
-                    for start in range(first, last, slice_bytes)
-                ]
-            )
 
-    def __getitem__(self, chunk: int) -> list[_Slice]:
-        return self._slices[chunk]
+class _StallWatch:
+    """Cancels the task that made it when a count stands still for `timeout_s`; `stalled` tells that it was this."""
 
-    def all_slices(self) -> list[_Slice]:
-        return [piece for chunk in self._slices for piece in chunk]
+    def __init__(self, timeout_s: float, count: Callable[[], int]) -> None:
+        self.stalled = False
+        self._timeout_s = timeout_s
+        self._count = count
+        self._seen = count()
+        self._task = asyncio.current_task()
+        self._loop = asyncio.get_running_loop()
+        self._timer = self._loop.call_later(timeout_s, self._look)
+
+    def stop(self) -> None:
+        self._timer.cancel()
+        if self.stalled and self._task is not None and sys.version_info >= (3, 11):
+            self._task.uncancel()  # the cancellation was ours and became an error
+
+    def _look(self) -> None:
+        if self._count() == self._seen:
+            self.stalled = True
+            assert self._task is not None
+            self._task.cancel()
+            return
+        self._seen = self._count()
+        self._timer = self._loop.call_later(self._timeout_s, self._look)
 
 
 async def _all_or_none(work: list[Coroutine[Any, Any, None]]) -> None:
@@ -256,7 +247,7 @@ async def _all_or_none(work: list[Coroutine[Any, Any, None]]) -> None:
         await asyncio.gather(*tasks)
     finally:
         unfinished = [task for task in tasks if not task.done()]
-        for task in unfinished:
-            task.cancel()
         if unfinished:
+            for task in unfinished:
+                task.cancel()
             await asyncio.gather(*unfinished, return_exceptions=True)

@@ -130,7 +130,8 @@ class PointToPoint:
             for start in range(0, nbytes, COPY_SLICE_BYTES):
                 data = device.arena.view(addr + start, min(COPY_SLICE_BYTES, nbytes - start))
                 await self._in_time(link.send(data, lambda: None), "room at the receiver")
-            await self._in_time(link.finish(), "the receiver's answer")
+            await self._in_time(link.end(), "room at the receiver")
+            await self._in_time(link.delivered(), "the receiver's answer")
         except BaseException:
             link.abort(OperationAborted("the sender gave up"))
             raise

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
+from dsml_gpu.device.dataflow import Dataflow, dataflow_of
 from dsml_gpu.device.device import Device, Membership, Peer
 from dsml_gpu.device.executor import GroupExecution, Links, Operation
 from dsml_gpu.device.point_to_point import PointToPoint
@@ -149,19 +150,19 @@ class DeviceService:
     async def Execute(self, request: pb.ExecuteRequest, context: Any) -> pb.ExecuteResponse:
         device = self._device(request.deviceId)
         membership = device.membership(request.commId)
-        programs = [_program(program.SerializeToString()) for program in request.programs]
-        operations = [_operation(operation, programs) for operation in request.operations]
+        flows = [_dataflow(program.SerializeToString()) for program in request.programs]
+        operations = [_operation(operation, flows) for operation in request.operations]
         for operation in operations:
             device.arena.check(operation.addr, operation.elements * operation.dtype.itemsize)
         slice_bytes = request.sliceBytes or self._settings.slice_bytes
         check_slice_bytes(slice_bytes)
         stall_timeout_s = request.stallTimeoutMs / 1000 or self._settings.stall_timeout_s
-        links = self._open_links(device, membership, request.links, programs)
+        links = self._open_links(device, membership, request.links, flows)
         execution = GroupExecution(device.arena, membership.nranks, links, slice_bytes, stall_timeout_s)
         await execution.run(operations)
         return pb.ExecuteResponse(bytesSent=execution.bytes_sent)
 
-    def _open_links(self, device: Device, membership: Membership, links: Any, programs: list[Program]) -> Links:
+    def _open_links(self, device: Device, membership: Membership, links: Any, flows: list[Dataflow]) -> Links:
         send: dict[int, SendLink] = {}
         recv: dict[int, RecvLink] = {}
         try:
@@ -171,11 +172,11 @@ class DeviceService:
                     send[peer.rank] = self._send_link(device, peer, link.sendStreamId)
                 if link.recvStreamId:
                     recv[peer.rank] = self._recv_link(device, peer, link.recvStreamId)
-            for program in programs:
-                for step in program.steps:
-                    for move in step:
-                        if move.peer not in (send if move.kind is Kind.SEND else recv):
-                            raise InvalidValue(f"{move} needs a link that the request does not name")
+            for flow in flows:
+                missing = [peer for peer in flow.sends if peer not in send]
+                missing += [peer for peer in flow.receives if peer not in recv]
+                if missing:
+                    raise InvalidValue(f"a program moves data to or from rank {missing[0]}, but no link to it is named")
         except DsmlError as error:
             Links(send, recv).abort(OperationAborted(str(error)))
             raise
@@ -245,8 +246,8 @@ def _joined(device: Device, comm_id: int) -> Membership:
 
 
 @lru_cache(maxsize=256)
-def _program(message: bytes) -> Program:
-    """A program from its wire bytes; the same few come again and again."""
+def _dataflow(message: bytes) -> Dataflow:
+    """The dataflow of a program's wire bytes; the same few come again and again."""
     wire = pb.Program.FromString(message)
     if not 1 <= wire.nchunks <= _MAX_CHUNKS:
         raise InvalidValue(f"a program needs 1 to {_MAX_CHUNKS} chunks, not {wire.nchunks}")
@@ -260,12 +261,12 @@ def _program(message: bytes) -> Program:
                 raise InvalidValue(f"chunk {move.chunk} is not one of {wire.nchunks}")
             moves.append(Move(Kind(move.kind), move.peer, move.chunk))
         steps.append(tuple(sorted(moves, key=lambda move: move.kind is not Kind.SEND)))
-    return Program(wire.nchunks, tuple(steps))
+    return dataflow_of(Program(wire.nchunks, tuple(steps)))
 
 
-def _operation(wire: pb.Operation, programs: list[Program]) -> Operation:
+def _operation(wire: pb.Operation, flows: list[Dataflow]) -> Operation:
     dtype = dtype_of(wire.dtype)
-    if wire.program >= len(programs):
-        raise InvalidValue(f"program {wire.program} is not one of the request's {len(programs)}")
+    if wire.program >= len(flows):
+        raise InvalidValue(f"program {wire.program} is not one of the request's {len(flows)}")
     elements = elements_in(wire.count, dtype)
-    return Operation(programs[wire.program], wire.memAddr, elements, dtype, operator_of(wire.op))
+    return Operation(flows[wire.program], wire.memAddr, elements, dtype, operator_of(wire.op))

@@ -65,11 +65,16 @@ class GrpcSendLink:
             raise await self._why(failure) from failure
         on_sent()
 
-    async def finish(self) -> None:
+    async def end(self) -> None:
         try:
             if self._header is not None:
                 await self._call.write(Chunk(b"", self._header))
             await self._call.done_writing()
+        except (grpc.RpcError, asyncio.InvalidStateError) as failure:
+            raise await self._why(failure) from failure
+
+    async def delivered(self) -> None:
+        try:
             await self._call
         except (grpc.RpcError, asyncio.InvalidStateError) as failure:
             raise await self._why(failure) from failure

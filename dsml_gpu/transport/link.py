@@ -1,7 +1,7 @@
 """The interface of a transport: a one-way, ordered stream of slices from one rank to another.
 
 Both ends know from the schedule which slices come in which order and how long each is, so slices carry no headers.
-Links live in one event loop and end by `finish` (all is well) or `abort` (tell the other end why not).
+Links live in one event loop and end by `end`, `finish` and `delivered` (all is well) or `abort` (tell the other end why not).
 """
 
 from __future__ import annotations
@@ -34,8 +34,11 @@ class SendLink(Protocol):
             OperationAborted: the other end gave up.
         """
 
-    async def finish(self) -> None:
-        """Says that no slice follows, and waits until the other end has taken all. Raises as `send`."""
+    async def end(self) -> None:
+        """Says that no slice follows. Raises as `send`."""
+
+    async def delivered(self) -> None:
+        """After `end`: returns when the other end has taken everything. Raises as `send`."""
 
     def abort(self, error: DsmlError) -> None:
         """Gives up; the other end's calls raise."""

@@ -88,9 +88,11 @@ class P2PSendLink(_P2PLink):
     async def send(self, data: DeviceNDArray, on_sent: Callable[[], None]) -> None:
         self._pipe.slices.put_nowait((data, on_sent))
 
-    async def finish(self) -> None:
-        # What the receiver has not taken yet stays valid: the operation's end on this rank waits for `on_sent` of each.
+    async def end(self) -> None:
         self._pipe.slices.put_nowait(None)
+
+    async def delivered(self) -> None:
+        # Nothing to wait for: the sender has waited for `on_sent` of each slice.
         self._close()
 
 

@@ -26,6 +26,10 @@ async def abort(context: grpc.aio.ServicerContext[Any, Any], error: DsmlError) -
 
 def error_of(failure: grpc.RpcError) -> DsmlError:
     """The exception that a failed call stands for."""
+    return error_from(failure.code().name, failure.details() or "", refusal_of(failure))
+
+
+def refusal_of(failure: grpc.RpcError) -> str | None:
+    """Name of the refusal that the server gave; None where gRPC itself ended the call."""
     trailing = failure.trailing_metadata() or ()
-    refusal = next((str(value) for key, value in trailing if key == REFUSAL_KEY), None)
-    return error_from(failure.code().name, failure.details() or "", refusal)
+    return next((str(value) for key, value in trailing if key == REFUSAL_KEY), None)
