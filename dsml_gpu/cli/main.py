@@ -162,6 +162,64 @@ app.command("coordinator")(coordinator)
 app.command("serve", help="The same as coordinator, with a summary of what it serves and how to use it.")(coordinator)
 
 
+@app.command()
+def demo(
+    epochs: Annotated[int, typer.Option(min=1, help="Passes over the training digits.")] = 12,
+    workers: Annotated[int, typer.Option(min=1, help="Workers, each with a device server of its own.")] = 4,
+    algorithm: Annotated[str, typer.Option(metavar="ring|naive", help="Algorithm of the all-reduce.")] = "ring",
+) -> None:
+    """Train on handwritten digits, data-parallel over device servers on this machine."""
+    from dsml_gpu.cli.demo import Setup, run
+
+    run(Setup(epochs, workers, algorithm))
+
+
+@app.command()
+def bench(
+    target: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(metavar="HOST:PORT", help="Measure a running coordinator. Default: servers started for this."),
+    ] = None,
+    devices: Annotated[int, typer.Option(min=1, help="Number of ranks.")] = 4,
+    embedded: Annotated[bool, typer.Option("--embedded", help="Start devices in this process, not one each.")] = False,
+    sizes: Annotated[
+        str, typer.Option(metavar="SIZE,...", help="Size of each rank's buffer, for example 64KiB,1MB.")
+    ] = "8KB,80KB,400KB,800KB,1600KB,3600KB",
+    algorithms: Annotated[str, typer.Option(metavar="NAME,...", help="Measured in turn.")] = "ring,naive",
+    dtype: Annotated[str, typer.Option(metavar="NAME", help="Data type: float64, bfloat16, int8 ...")] = "float64",
+    op: Annotated[str, typer.Option(metavar="sum|prod|min|max|avg", help="Reduction.")] = "sum",
+    transport: Annotated[str, typer.Option(metavar="auto|p2p|grpc", help="Between all pairs of ranks.")] = "auto",
+    iterations: Annotated[int, typer.Option(min=1, help="Runs whose median is the time.")] = 20,
+    warmup: Annotated[int, typer.Option(min=0, help="Runs before those.")] = 3,
+    json_file: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option("--json", dir_okay=False, help="Also write the rows to this file."),
+    ] = None,
+    plot_file: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option("--plot", dir_okay=False, help="Also draw time against size to this PNG file; needs matplotlib."),
+    ] = None,
+) -> None:
+    """Time all-reduces and check every element, in the manner of nccl-tests."""
+    from dsml_gpu.cli import serve
+    from dsml_gpu.cli.bench import parse_setup, run
+
+    setup = serve.config_or_exit(
+        parse_setup,
+        sizes=sizes,
+        algorithms=algorithms,
+        dtype=dtype,
+        op=op,
+        transport=transport,
+        devices=devices,
+        target=target,
+        embedded=embedded,
+        iterations=iterations,
+        warmup=warmup,
+    )
+    run(setup, json_file, plot_file)
+
+
 def main() -> None:
     """Entry point of the command."""
     # gRPC's own log lines would stand beside the one clear line that a failure gets; set the variable to see them.

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Iterable
-from contextlib import asynccontextmanager
-from typing import Any
+from collections.abc import AsyncIterator, Iterable, Iterator
+from contextlib import asynccontextmanager, contextmanager
+from typing import Any, Protocol
 
 import grpc
 
-from dsml_gpu.errors import DsmlError, OperationTimeout, PeerUnavailable, ShuttingDown
+from dsml_gpu.errors import PeerUnavailable, ShuttingDown, Unavailable
 from dsml_gpu.memory.arena import check_range
 from dsml_gpu.wire import gpu_sim_pb2 as pb
 from dsml_gpu.wire.codec import Chunk
-from dsml_gpu.wire.status import error_of, refusal_of
+from dsml_gpu.wire.outgoing import OutgoingStream
+from dsml_gpu.wire.status import error_of
 from dsml_gpu.wire.stubs import COPY_SLICE_BYTES
 
 #: For control messages that do no work.
@@ -22,18 +23,65 @@ CONTROL_TIMEOUT_S = 5.0
 _SLOWEST_COPY_BYTES_PER_S = 4 << 20
 
 
+class DeviceConnection(Protocol):
+    """How a coordinator reaches the service of a device. All methods raise `DsmlError`."""
+
+    async def call(self, method: str, request: Any, timeout_s: float | None) -> Any:
+        """One unary RPC of GPUDevice."""
+
+    async def write(self, chunks: AsyncIterator[Chunk], timeout_s: float) -> pb.StreamHostToDeviceResponse:
+        """StreamHostToDevice; an exception of `chunks` ends it and is raised."""
+
+    def read(self, request: pb.StreamDeviceToHostRequest, timeout_s: float) -> AsyncIterator[Chunk]:
+        """StreamDeviceToHost."""
+
+
+class RemoteConnection:
+    """To a device server, by gRPC."""
+
+    def __init__(self, stub: Any) -> None:
+        self._stub = stub
+
+    async def call(self, method: str, request: Any, timeout_s: float | None) -> Any:
+        try:
+            return await getattr(self._stub, method)(request, timeout=timeout_s)
+        except grpc.RpcError as failure:
+            raise error_of(failure) from None
+
+    async def write(self, chunks: AsyncIterator[Chunk], timeout_s: float) -> pb.StreamHostToDeviceResponse:
+        stream = OutgoingStream(self._stub.StreamHostToDevice(timeout=timeout_s))
+        try:
+            async for chunk in chunks:
+                await stream.write(chunk)
+            await stream.end()
+            response: pb.StreamHostToDeviceResponse = await stream.response()
+        except BaseException:
+            stream.cancel()
+            raise
+        return response
+
+    async def read(self, request: pb.StreamDeviceToHostRequest, timeout_s: float) -> AsyncIterator[Chunk]:
+        try:
+            async for chunk in self._stub.StreamDeviceToHost(request, timeout=timeout_s):
+                yield chunk
+        except grpc.RpcError as failure:
+            raise error_of(failure) from None
+
+
 class DeviceHandle:
     """One device as the coordinator sees it.
 
     Args:
-        stub: GPUDevice stub, or an object with the same coroutine methods.
+        connection: to its service.
         address: host:port of its server.
         embedded: it lives in this process.
         permanent: it stays when no communicator uses it.
     """
 
-    def __init__(self, stub: Any, address: str, embedded: bool = False, permanent: bool = True) -> None:
-        self._stub = stub
+    def __init__(
+        self, connection: DeviceConnection, address: str, embedded: bool = False, permanent: bool = True
+    ) -> None:
+        self._connection = connection
         self.address = address
         self.embedded = embedded
         self.permanent = permanent
@@ -70,48 +118,48 @@ class DeviceHandle:
             OperationTimeout: it did not answer in time.
             DsmlError: what the device refused with.
         """
-        try:
-            return await getattr(self._stub, method)(request, timeout=timeout_s)
-        except grpc.RpcError as failure:
-            raise self._error(failure) from None
+        with self._named_errors():
+            return await self._connection.call(method, request, timeout_s)
 
-    async def write(self, header: pb.DataChunk, chunks: AsyncIterator[Chunk]) -> int:
-        """Host to device: `chunks` are written one behind the other, from ``header.memAddr`` on. Returns the bytes written."""
+    async def write(self, addr: int, nbytes: int, chunks: AsyncIterator[Chunk]) -> int:
+        """Host to device: `chunks` are written one behind the other from `addr` on. Returns the bytes written.
+
+        Args:
+            nbytes: bytes that will come; 0 where that is not known.
+        """
+        header = pb.DataChunk(deviceId=self.metadata.deviceId, memAddr=pb.MemAddr(value=addr), numBytes=nbytes)
 
         async def with_header() -> AsyncIterator[Chunk]:
             yield Chunk(b"", header)
             async for chunk in chunks:
                 yield chunk
 
-        try:
-            response = await self._stub.StreamHostToDevice(with_header(), timeout=_copy_timeout_s(header.numBytes))
-        except grpc.RpcError as failure:
-            raise self._error(failure) from None
-        return int(response.numBytes)
+        with self._named_errors():
+            return int((await self._connection.write(with_header(), _copy_timeout_s(nbytes))).numBytes)
 
     async def read(self, addr: int, nbytes: int) -> AsyncIterator[Chunk]:
         """Device to host, in pieces."""
         request = pb.StreamDeviceToHostRequest(
             deviceId=self.metadata.deviceId, memAddr=pb.MemAddr(value=addr), numBytes=nbytes
         )
-        try:
-            async for chunk in self._stub.StreamDeviceToHost(request, timeout=_copy_timeout_s(nbytes)):
+        with self._named_errors():
+            async for chunk in self._connection.read(request, _copy_timeout_s(nbytes)):
                 yield chunk
-        except grpc.RpcError as failure:
-            raise self._error(failure) from None
 
     def check(self, addr: int, nbytes: int) -> None:
         """Raises AddressOutOfRange unless the range lies in the device's memory."""
         check_range(addr, nbytes, self.metadata.minMemAddr.value, self.metadata.maxMemAddr.value)
 
-    def _error(self, failure: grpc.RpcError) -> DsmlError:
-        error = error_of(failure)
-        if error.code == "UNAVAILABLE" and not isinstance(error, ShuttingDown):
+    @contextmanager
+    def _named_errors(self) -> Iterator[None]:
+        """Connection errors say which device they are about."""
+        try:
+            yield
+        except ShuttingDown:
+            raise
+        except Unavailable as error:
             self.reachable = False
-            return PeerUnavailable(f"{self} does not answer: {error}")
-        if error.code == "DEADLINE_EXCEEDED" and refusal_of(failure) is None:
-            return OperationTimeout(f"{self} did not answer in time")
-        return error
+            raise PeerUnavailable(f"{self} does not answer: {error}") from None
 
 
 def _copy_timeout_s(nbytes: int) -> float:

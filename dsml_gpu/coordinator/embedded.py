@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import AsyncIterator, Iterable
 from typing import Any
 
 from dsml_gpu.coordinator.device_handle import DeviceHandle
@@ -11,6 +11,8 @@ from dsml_gpu.device.service import DeviceService, TransferSettings
 from dsml_gpu.errors import OutOfDevices
 from dsml_gpu.memory.arena import Arena
 from dsml_gpu.memory.backend import Backend
+from dsml_gpu.wire import gpu_sim_pb2 as pb
+from dsml_gpu.wire.codec import Chunk
 
 __all__ = ["DeviceService", "EmbeddedDevices", "TransferSettings"]
 
@@ -49,7 +51,7 @@ class EmbeddedDevices:
         self.service.add(device)
         self._count += 1
         metadata = self.service.metadata(device)
-        handle = DeviceHandle(_LocalStub(self.service), metadata.address, embedded=True, permanent=permanent)
+        handle = DeviceHandle(_LocalConnection(self.service), metadata.address, embedded=True, permanent=permanent)
         handle.metadata.CopyFrom(metadata)
         handle.reachable = True
         return handle
@@ -63,12 +65,17 @@ class EmbeddedDevices:
         await self.service.close()
 
 
-class _LocalStub:
-    """Calls a servicer's methods as a stub would, without gRPC between; there is no connection that could time out."""
+class _LocalConnection:
+    """Calls the servicer itself; there is no connection that could time out."""
 
     def __init__(self, service: DeviceService) -> None:
         self._service = service
 
-    def __getattr__(self, method: str) -> Any:
-        call = getattr(self._service, method)
-        return lambda request, timeout: call(request, None)
+    async def call(self, method: str, request: Any, timeout_s: float | None) -> Any:
+        return await getattr(self._service, method)(request, None)
+
+    async def write(self, chunks: AsyncIterator[Chunk], timeout_s: float) -> pb.StreamHostToDeviceResponse:
+        return await self._service.StreamHostToDevice(chunks, None)
+
+    def read(self, request: pb.StreamDeviceToHostRequest, timeout_s: float) -> AsyncIterator[Chunk]:
+        return self._service.StreamDeviceToHost(request, None)

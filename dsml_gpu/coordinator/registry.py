@@ -6,7 +6,7 @@ import asyncio
 import logging
 from collections.abc import Sequence
 
-from dsml_gpu.coordinator.device_handle import DeviceHandle
+from dsml_gpu.coordinator.device_handle import DeviceHandle, RemoteConnection
 from dsml_gpu.coordinator.embedded import EmbeddedDevices
 from dsml_gpu.errors import DeviceNotFound, DsmlError, InvalidValue, OutOfDevices, PeerUnavailable
 from dsml_gpu.transport.grpc import ChannelPool
@@ -26,7 +26,7 @@ class DeviceRegistry:
     def __init__(self, addresses: Sequence[str], embedded: EmbeddedDevices, permanent_embedded: int = 0) -> None:
         self._channels = ChannelPool()
         self._embedded = embedded
-        self._remote = [DeviceHandle(self._channels.stub(address), address) for address in addresses]
+        self._remote = [DeviceHandle(RemoteConnection(self._channels.stub(address)), address) for address in addresses]
         self._local: list[DeviceHandle] = []
         for _ in range(permanent_embedded):
             self._local.append(embedded.create(self._ids(), permanent=True))

@@ -201,11 +201,8 @@ class CoordinatorService:
 
     async def _write(self, handle: DeviceHandle, addr: int, nbytes: int, chunks: AsyncIterator[Chunk]) -> int:
         handle.check(addr, nbytes)
-        header = pb.DataChunk(
-            deviceId=handle.metadata.deviceId, memAddr=pb.MemAddr(value=addr), numBytes=nbytes
-        )
         async with in_order([handle]):
-            return await handle.write(header, chunks)
+            return await handle.write(addr, nbytes, chunks)
 
     async def _read(self, handle: DeviceHandle, addr: int, nbytes: int) -> AsyncIterator[Chunk]:
         handle.check(addr, nbytes)

@@ -10,8 +10,7 @@ cycle.
 from __future__ import annotations
 
 import asyncio
-import sys
-from collections.abc import Callable, Coroutine, Mapping, Sequence
+from collections.abc import Coroutine, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,6 +22,7 @@ from dsml_gpu.memory.arena import Arena
 from dsml_gpu.reduction import Operator, reduce_into
 from dsml_gpu.schedules import Kind, chunk_bounds
 from dsml_gpu.transport.link import RecvLink, SendLink
+from dsml_gpu.wire.timeouts import StallWatch
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,7 +92,7 @@ class GroupExecution:
             OperationTimeout: nothing moved for the stall timeout; the message says what was waited for.
             PeerUnavailable, OperationAborted, StreamLength: from the links.
         """
-        watch = _StallWatch(self._stall_timeout_s, lambda: self._slices_moved)
+        watch = StallWatch(self._stall_timeout_s, lambda: self._slices_moved)
         try:
             for operation in operations:
                 await self._run_one(operation)
@@ -211,33 +211,6 @@ def _cut(operation: Operation, slice_bytes: int) -> list[list[_Slice]]:
         start, end = operation.addr + first * itemsize, operation.addr + last * itemsize
         chunks.append([_Slice(addr, min(slice_bytes, end - addr)) for addr in range(start, end, slice_bytes)])
     return chunks
-
-
-class _StallWatch:
-    """Cancels the task that made it when a count stands still for `timeout_s`; `stalled` tells that it was this."""
-
-    def __init__(self, timeout_s: float, count: Callable[[], int]) -> None:
-        self.stalled = False
-        self._timeout_s = timeout_s
-        self._count = count
-        self._seen = count()
-        self._task = asyncio.current_task()
-        self._loop = asyncio.get_running_loop()
-        self._timer = self._loop.call_later(timeout_s, self._look)
-
-    def stop(self) -> None:
-        self._timer.cancel()
-        if self.stalled and self._task is not None and sys.version_info >= (3, 11):
-            self._task.uncancel()  # the cancellation was ours and became an error
-
-    def _look(self) -> None:
-        if self._count() == self._seen:
-            self.stalled = True
-            assert self._task is not None
-            self._task.cancel()
-            return
-        self._seen = self._count()
-        self._timer = self._loop.call_later(self._timeout_s, self._look)
 
 
 async def _all_or_none(work: list[Coroutine[Any, Any, None]]) -> None:

@@ -10,11 +10,12 @@ from enum import IntEnum
 from typing import Any
 
 from dsml_gpu.device.device import Device, Peer
-from dsml_gpu.errors import DsmlError, OperationAborted, OperationTimeout, StreamInUse, StreamLength, StreamNotFound
-from dsml_gpu.transport.grpc import ChannelPool, GrpcSendLink
+from dsml_gpu.errors import DsmlError, OperationAborted, StreamInUse, StreamLength, StreamNotFound
+from dsml_gpu.transport.grpc import ChannelPool, GrpcSendLink, early_end
 from dsml_gpu.transport.incoming import Incoming, IncomingTable
 from dsml_gpu.transport.link import new_stream_id
 from dsml_gpu.wire.stubs import COPY_SLICE_BYTES
+from dsml_gpu.wire.timeouts import in_time
 
 #: Ended streams whose status is remembered.
 _MAX_ENDED = 1 << 16
@@ -75,7 +76,7 @@ class PointToPoint:
         device.arena.check(addr, nbytes)
         if stream_id in self._receiving:
             raise StreamInUse(f"stream {stream_id} has a receiver already")
-        stream = self._incoming.claim(stream_id)
+        stream = self._incoming.claim(stream_id, accept_unnamed=True)
         self._follow(stream_id, self._receive(device, addr, nbytes, stream))
         self._receiving.add(stream_id)
 
@@ -129,9 +130,9 @@ class PointToPoint:
         try:
             for start in range(0, nbytes, COPY_SLICE_BYTES):
                 data = device.arena.view(addr + start, min(COPY_SLICE_BYTES, nbytes - start))
-                await self._in_time(link.send(data, lambda: None), "room at the receiver")
-            await self._in_time(link.end(), "room at the receiver")
-            await self._in_time(link.delivered(), "the receiver's answer")
+                await in_time(link.send(data, lambda: None), self._stall_timeout_s, "room at the receiver")
+            await in_time(link.end(), self._stall_timeout_s, "room at the receiver")
+            await in_time(link.delivered(), self._stall_timeout_s, "the receiver's answer")
         except BaseException:
             link.abort(OperationAborted("the sender gave up"))
             raise
@@ -139,13 +140,13 @@ class PointToPoint:
     async def _receive(self, device: Device, addr: int, nbytes: int, stream: Incoming) -> None:
         try:
             received = 0
-            while (message := await self._in_time(stream.messages.get(), "data")) is not None:
+            while (message := await in_time(stream.messages.get(), self._stall_timeout_s, "data")) is not None:
                 if received + len(message) > nbytes:
                     raise StreamLength(f"expected {nbytes} bytes, got at least {received + len(message)}")
                 device.arena.write(addr + received, message)
                 received += len(message)
             if received < nbytes:
-                raise StreamLength(f"expected {nbytes} bytes, got {received}")
+                raise await early_end(stream, f"expected {nbytes} bytes, got {received}")
             device.arena.backend.synchronize()
             stream.complete()
         except DsmlError as error:
@@ -154,9 +155,3 @@ class PointToPoint:
         except asyncio.CancelledError:
             stream.fail(OperationAborted("the receiver shut down"))
             raise
-
-    async def _in_time(self, step: Coroutine[Any, Any, Any], what: str) -> Any:
-        try:
-            return await asyncio.wait_for(step, self._stall_timeout_s)
-        except asyncio.TimeoutError:
-            raise OperationTimeout(f"waited {self._stall_timeout_s:g} s for {what}") from None

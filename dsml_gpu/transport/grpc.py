@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
 
 import grpc
@@ -14,8 +14,11 @@ from dsml_gpu.memory.backend import Backend, DeviceNDArray
 from dsml_gpu.transport.incoming import Incoming, IncomingTable
 from dsml_gpu.wire import gpu_sim_pb2 as pb
 from dsml_gpu.wire.codec import Chunk
-from dsml_gpu.wire.status import error_of
+from dsml_gpu.wire.outgoing import OutgoingStream
 from dsml_gpu.wire.stubs import channel_options, device_stub
+
+#: How long after the end of a stream its cancellation may become known.
+_CANCELLATION_FOLLOWS_S = 0.5
 
 
 class ChannelPool:
@@ -51,50 +54,34 @@ class GrpcSendLink:
     """
 
     def __init__(self, stub: Any, stream_id: int, backend: Backend, peer: str) -> None:
-        self._call = stub.StreamSend()
+        self._stream = OutgoingStream(stub.StreamSend())
         self._backend = backend
         self._peer = peer
         self._header: pb.DataChunk | None = pb.DataChunk(streamId=stream_id)
 
     async def send(self, data: DeviceNDArray, on_sent: Callable[[], None]) -> None:
         header, self._header = self._header, None
-        try:
-            # Encoding copies the slice before `write` returns, so the memory is free for others then.
-            await self._call.write(Chunk(self._backend.to_host(data), header))
-        except (grpc.RpcError, asyncio.InvalidStateError) as failure:
-            raise await self._why(failure) from failure
+        await self._named(self._stream.write(Chunk(self._backend.to_host(data), header)))
         on_sent()
 
     async def end(self) -> None:
-        try:
-            if self._header is not None:
-                await self._call.write(Chunk(b"", self._header))
-            await self._call.done_writing()
-        except (grpc.RpcError, asyncio.InvalidStateError) as failure:
-            raise await self._why(failure) from failure
+        if self._header is not None:
+            await self._named(self._stream.write(Chunk(b"", self._header)))
+        await self._named(self._stream.end())
 
     async def delivered(self) -> None:
-        try:
-            await self._call
-        except (grpc.RpcError, asyncio.InvalidStateError) as failure:
-            raise await self._why(failure) from failure
+        await self._named(self._stream.response())
 
     def abort(self, error: DsmlError) -> None:
-        self._call.cancel()
+        self._stream.cancel()
 
-    async def _why(self, failure: Exception) -> DsmlError:
-        if not isinstance(failure, grpc.RpcError):  # the call ended before this write; its own status says why
-            try:
-                await self._call
-            except grpc.RpcError as ended:
-                failure = ended
-            else:
-                return StreamLength(f"{self._peer} ended the stream before it had everything")
-        assert isinstance(failure, grpc.RpcError)
-        error = error_of(failure)
-        if error.code == "UNAVAILABLE":
-            return PeerUnavailable(f"{self._peer} is gone: {error}")
-        return OperationAborted(f"{self._peer} gave up: {error}")
+    async def _named(self, step: Awaitable[object]) -> None:
+        try:
+            await step
+        except DsmlError as error:
+            if error.code == "UNAVAILABLE":
+                raise PeerUnavailable(f"{self._peer} is gone: {error}") from None
+            raise OperationAborted(f"{self._peer} gave up: {error}") from None
 
 
 class GrpcRecvLink:
@@ -115,9 +102,10 @@ class GrpcRecvLink:
 
     async def recv(self, nbytes: int) -> DeviceNDArray:
         message = await self._incoming.messages.get()
-        if message is None or len(message) != nbytes:
-            actual = "the end of the stream" if message is None else f"{len(message)} bytes"
-            raise StreamLength(f"expected a slice of {nbytes} bytes from {self._peer}, got {actual}")
+        if message is None:
+            raise await early_end(self._incoming, f"expected a slice of {nbytes} bytes from {self._peer}")
+        if len(message) != nbytes:
+            raise StreamLength(f"expected a slice of {nbytes} bytes from {self._peer}, got {len(message)} bytes")
         return self._backend.from_host(np.frombuffer(message, dtype=np.uint8))
 
     def release(self) -> None:
@@ -131,6 +119,19 @@ class GrpcRecvLink:
 
     def abort(self, error: DsmlError) -> None:
         self._incoming.fail(error)
+
+
+async def early_end(incoming: Incoming, expected: str) -> DsmlError:
+    """Why a stream ended before its time.
+
+    A call that the sender cancelled, or whose connection broke, first looks like one that ended well; the cancellation
+    follows.
+    """
+    await asyncio.wait([incoming.ended], timeout=_CANCELLATION_FOLLOWS_S)
+    if incoming.ended.done() and (error := incoming.ended.exception()) is not None:
+        assert isinstance(error, DsmlError)
+        return error
+    return StreamLength(f"{expected}, got the end of the stream")
 
 
 async def serve_stream_send(table: IncomingTable, chunks: AsyncIterator[Chunk]) -> None:

@@ -28,7 +28,13 @@ class Incoming:
         self.ended: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self.offered = False
         self.claimed = False
+        self.accept_unnamed = False
         self.expiry: asyncio.TimerHandle | None = None
+
+    @property
+    def awaits_unnamed(self) -> bool:
+        """A receiver waits that takes a sender which names no stream."""
+        return self.accept_unnamed and not self.offered and not self.ended.done()
 
     def complete(self) -> None:
         """The receiver has taken everything."""
@@ -70,7 +76,7 @@ class IncomingTable:
             TooManyStreams: too many streams are open already.
         """
         if stream_id == 0:
-            candidates = [stream for stream in self._open.values() if stream.claimed and not stream.offered]
+            candidates = [stream for stream in self._open.values() if stream.awaits_unnamed]
             if len(candidates) != 1:
                 raise AmbiguousStream(
                     f"StreamSend names no stream, and {len(candidates)} receives wait here; exactly 1 is needed"
@@ -83,8 +89,11 @@ class IncomingTable:
         self._stop_clock_if_met(stream)
         return stream
 
-    def claim(self, stream_id: int) -> Incoming:
+    def claim(self, stream_id: int, accept_unnamed: bool = False) -> Incoming:
         """For the receiver of a stream; messages come when the sender does.
+
+        Args:
+            accept_unnamed: also take a sender that names no stream.
 
         Raises:
             StreamInUse: the stream has a receiver already.
@@ -94,6 +103,7 @@ class IncomingTable:
         if stream.claimed:
             raise StreamInUse(f"stream {stream_id} has a receiver already")
         stream.claimed = True
+        stream.accept_unnamed = accept_unnamed
         self._stop_clock_if_met(stream)
         return stream
 
@@ -103,14 +113,21 @@ class IncomingTable:
             if len(self._open) >= _MAX_OPEN:
                 raise TooManyStreams(f"{_MAX_OPEN} streams are open here already")
             stream = self._open[stream_id] = Incoming(stream_id)
-            stream.ended.add_done_callback(lambda _: self._open.pop(stream_id, None))
+            stream.ended.add_done_callback(lambda _: self._forget_if_met(stream))
             stream.expiry = asyncio.get_running_loop().call_later(self._timeout_s, self._expire, stream)
         return stream
 
     def _stop_clock_if_met(self, stream: Incoming) -> None:
         if stream.offered and stream.claimed and stream.expiry is not None:
             stream.expiry.cancel()
+            if stream.ended.done():  # the first end gave up before the second came, which hears of it now
+                self._forget_if_met(stream)
+
+    def _forget_if_met(self, stream: Incoming) -> None:
+        if stream.offered and stream.claimed:
+            self._open.pop(stream.stream_id, None)
 
     def _expire(self, stream: Incoming) -> None:
+        self._open.pop(stream.stream_id, None)
         missing = "receiver" if stream.offered else "sender"
         stream.fail(OperationTimeout(f"the {missing} of stream {stream.stream_id} did not come for {self._timeout_s:g} s"))

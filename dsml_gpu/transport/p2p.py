@@ -16,9 +16,16 @@ _Slice = tuple[DeviceNDArray, Callable[[], None]]
 @dataclass(eq=False)
 class _Pipe:
     slices: ClosableQueue[_Slice | None] = field(default_factory=ClosableQueue)
-    ends_open: int = 0
+    all_taken: asyncio.Future[None] = field(default_factory=lambda: asyncio.get_running_loop().create_future())
     ends_closed: int = 0
     expiry: asyncio.TimerHandle | None = None
+
+    def fail(self, error: DsmlError) -> None:
+        """Both ends raise `error` from now on."""
+        self.slices.close(error)
+        if not self.all_taken.done():
+            self.all_taken.set_exception(error)
+            self.all_taken.exception()  # an error that nobody waits for is no defect
 
 
 class PipeTable:
@@ -52,11 +59,10 @@ class PipeTable:
         elif pipe.expiry is not None:
             pipe.expiry.cancel()
             pipe.expiry = None
-        pipe.ends_open += 1
         return pipe
 
     def _expire(self, stream_id: int, pipe: _Pipe) -> None:
-        pipe.slices.close(OperationTimeout(f"the other end of stream {stream_id} did not come for {self._timeout_s:g} s"))
+        pipe.fail(OperationTimeout(f"the other end of stream {stream_id} did not come for {self._timeout_s:g} s"))
         self._pipes.pop(stream_id, None)
 
     def _close(self, stream_id: int, pipe: _Pipe) -> None:
@@ -73,7 +79,7 @@ class _P2PLink:
         self._closed = False
 
     def abort(self, error: DsmlError) -> None:
-        self._pipe.slices.close(error)
+        self._pipe.fail(error)
         self._close()
 
     def _close(self) -> None:
@@ -92,7 +98,7 @@ class P2PSendLink(_P2PLink):
         self._pipe.slices.put_nowait(None)
 
     async def delivered(self) -> None:
-        # Nothing to wait for: the sender has waited for `on_sent` of each slice.
+        await self._pipe.all_taken
         self._close()
 
 
@@ -122,4 +128,5 @@ class P2PRecvLink(_P2PLink):
         item = await self._pipe.slices.get()
         if item is not None:
             raise StreamLength(f"expected the end of the stream, got {item[0].nbytes} bytes more")
+        self._pipe.all_taken.set_result(None)
         self._close()

@@ -9,18 +9,18 @@ What the generated registration does not do and this does:
 
 from __future__ import annotations
 
-import asyncio
 import logging
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Callable
 from typing import Any
 
 import grpc
 from google.protobuf.message import DecodeError
 
-from dsml_gpu.errors import DsmlError, MalformedMessage, OperationTimeout
+from dsml_gpu.errors import DsmlError, MalformedMessage
 from dsml_gpu.wire import gpu_sim_pb2 as pb
 from dsml_gpu.wire.codec import decode_chunk, encode_chunk
 from dsml_gpu.wire.status import abort
+from dsml_gpu.wire.timeouts import in_time
 
 log = logging.getLogger(__name__)
 
@@ -82,7 +82,7 @@ def _unary_stream(call: Callable[..., Any]) -> Callable[..., Any]:
     async def handler(request: Any, context: Any) -> None:
         try:
             async for response in call(_well_formed(request), context):
-                await _in_time(context.write(response), "the client to take the next message of the answer")
+                await in_time(context.write(response), STREAM_STALL_TIMEOUT_S, "the client to take a message")
         except Exception as error:
             await _refuse(context, error)
 
@@ -129,12 +129,9 @@ def _well_formed(request: Any) -> Any:
 
 
 async def _well_formed_stream(requests: AsyncIterator[Any]) -> AsyncIterator[Any]:
-    while (request := await _in_time(anext(requests, None), "the client's next message")) is not None:
+    while (request := await _next(requests)) is not None:
         yield _well_formed(request)
 
 
-async def _in_time(step: Awaitable[Any], what: str) -> Any:
-    try:
-        return await asyncio.wait_for(step, STREAM_STALL_TIMEOUT_S)
-    except asyncio.TimeoutError:
-        raise OperationTimeout(f"waited {STREAM_STALL_TIMEOUT_S:g} s for {what}") from None
+async def _next(requests: AsyncIterator[Any]) -> Any:
+    return await in_time(anext(requests, None), STREAM_STALL_TIMEOUT_S, "the client's next message")

@@ -1,0 +1,91 @@
+"""The executor where schedules and peers are not the usual ones."""
+
+from __future__ import annotations
+
+import asyncio
+
+import numpy as np
+import pytest
+
+from dsml_gpu.coordinator import plan
+from dsml_gpu.coordinator.plan import Collective, execute_requests
+from dsml_gpu.errors import OperationAborted, OperationTimeout
+from dsml_gpu.schedules import ALL_REDUCE, Schedule, Transfer
+from dsml_gpu.wire import gpu_sim_pb2 as pb
+from tests.collectives.harness import COMM, ranks
+
+BOTH = pytest.mark.parametrize("transport", [pb.P2P, pb.GRPC])
+
+
+def exchange(nranks: int) -> Schedule:
+    """Both ranks send all they have to each other in one step, and each reads what it is about to overwrite."""
+    assert nranks == 2
+    step = (Transfer(0, 1, 0, reduce=True), Transfer(1, 0, 0, reduce=True))
+    return Schedule("all_reduce", "exchange", 2, 1, (step,))
+
+
+@BOTH
+def test_an_exchange_in_place_does_not_lock_up(monkeypatch: pytest.MonkeyPatch, transport: int) -> None:
+    """Over p2p each rank's memory is lent to the other, and must not be overwritten before the other has read it."""
+    monkeypatch.setitem(ALL_REDUCE, "exchange", exchange)
+    plan.pairs_of.cache_clear()
+
+    async def scenario() -> None:
+        async with ranks(2, transport, stall_timeout_s=3) as world:
+            inputs = [np.arange(50_000.0), np.arange(50_000.0) ** 2]
+            for result in await world.all_reduce(inputs, "SUM", "exchange"):
+                np.testing.assert_array_equal(result, inputs[0] + inputs[1])
+
+    asyncio.run(scenario())
+
+
+@BOTH
+def test_a_rank_that_never_comes_is_named(transport: int) -> None:
+    async def scenario() -> None:
+        async with ranks(3, transport, stall_timeout_s=0.3) as world:
+            collective = Collective("all_reduce", "ring", (0, 0, 0), 2400, pb.FLOAT64, pb.SUM)
+            requests = execute_requests(COMM, [1, 2, 3], [collective])
+            work = [asyncio.ensure_future(world.service.Execute(request, None)) for request in requests[:2]]
+            results = await asyncio.wait_for(asyncio.gather(*work, return_exceptions=True), 10)
+            assert all(isinstance(result, (OperationTimeout, OperationAborted)) for result in results)
+            timeouts = [str(result) for result in results if isinstance(result, OperationTimeout)]
+            assert any("rank 2" in message or "did not come" in message for message in timeouts), results
+            # What rank 2 would have met goes by itself.
+            deadline = asyncio.get_running_loop().time() + 5
+            while len(world.service._incoming) + len(world.service._pipes):
+                assert asyncio.get_running_loop().time() < deadline, "streams stay open"
+                await asyncio.sleep(0.02)
+
+    asyncio.run(scenario())
+
+
+@BOTH
+def test_cancelling_one_rank_ends_the_others(transport: int) -> None:
+    async def scenario() -> None:
+        async with ranks(3, transport, stall_timeout_s=5) as world:
+            world.devices[0].arena.write(0, b"\x3f" * (1 << 20))
+            collective = Collective("all_reduce", "ring", (0, 0, 0), 48 << 20, pb.FLOAT64, pb.SUM)
+            requests = execute_requests(COMM, [1, 2, 3], [collective])
+            work = [asyncio.ensure_future(world.service.Execute(request, None)) for request in requests]
+            while bytes(world.devices[1].arena.read(0, 1)) == b"\0":
+                await asyncio.sleep(0)  # until something has reached rank 1
+            work[0].cancel()
+            results = await asyncio.wait_for(asyncio.gather(*work, return_exceptions=True), 4)
+            assert isinstance(results[0], asyncio.CancelledError)
+            assert all(isinstance(result, OperationAborted) for result in results[1:])
+
+    asyncio.run(scenario())
+
+
+def test_slow_is_not_stalled() -> None:
+    """An operation may take many times the stall timeout, as long as something moves."""
+
+    async def scenario() -> None:
+        async with ranks(2, pb.GRPC, slice_bytes=4096, stall_timeout_s=0.2) as world:
+            inputs = [np.ones(500_000), np.ones(500_000)]
+            started = asyncio.get_running_loop().time()
+            results = await world.all_reduce(inputs, "SUM", "ring")
+            assert asyncio.get_running_loop().time() - started > 0.2, "too quick to show anything"
+            assert all((result == 2).all() for result in results)
+
+    asyncio.run(scenario())

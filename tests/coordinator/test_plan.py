@@ -1,0 +1,83 @@
+"""What the coordinator tells the ranks, without devices."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import pytest
+
+from dsml_gpu.coordinator.plan import Collective, choose_transport, execute_requests, peers_of
+from dsml_gpu.errors import InvalidValue
+from dsml_gpu.wire import gpu_sim_pb2 as pb
+
+
+def device(device_id: int, process: str, backend: str = "numpy") -> pb.DeviceMetadata:
+    return pb.DeviceMetadata(
+        deviceId=pb.DeviceId(value=device_id), address=f"host:{device_id}", processUid=process, backend=backend
+    )
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "forced", "expected"),
+    [
+        (device(1, "a"), device(2, "a"), pb.AUTO, pb.P2P),
+        (device(1, "a"), device(2, "b"), pb.AUTO, pb.GRPC),
+        (device(1, "a"), device(2, "a", "cupy"), pb.AUTO, pb.GRPC),
+        (device(1, ""), device(2, ""), pb.AUTO, pb.GRPC),  # device servers that tell no process share none
+        (device(1, "a"), device(2, "a"), pb.GRPC, pb.GRPC),
+        (device(1, "a"), device(2, "a"), pb.P2P, pb.P2P),
+    ],
+)
+def test_transport(one: pb.DeviceMetadata, other: pb.DeviceMetadata, forced: int, expected: int) -> None:
+    assert choose_transport(one, other, forced) == expected
+    assert choose_transport(other, one, forced) == expected
+
+
+def test_p2p_cannot_be_forced_between_processes() -> None:
+    with pytest.raises(InvalidValue, match=r"device 1 \(numpy at host:1\) and device 2 \(numpy at host:2\)"):
+        choose_transport(device(1, "a"), device(2, "b"), pb.P2P)
+
+
+def test_transport_is_chosen_for_each_pair() -> None:
+    devices = [device(1, "a"), device(2, "a"), device(3, "b")]
+    assert [peer.transport for peer in peers_of(devices, 0)] == [pb.P2P, pb.P2P, pb.GRPC]
+    assert [peer.transport for peer in peers_of(devices, 2)] == [pb.GRPC, pb.GRPC, pb.P2P]
+    assert [(peer.deviceId, peer.address) for peer in peers_of(devices, 1)] == [(n, f"host:{n}") for n in (1, 2, 3)]
+
+
+def test_a_group_is_one_request_per_rank_with_one_stream_per_pair() -> None:
+    nranks = 4
+    group = [
+        Collective("all_reduce", algorithm, tuple(range(0, 400, 100)), 80, pb.FLOAT64, pb.SUM)
+        for algorithm in ("ring", "naive", "ring", "ring")
+    ]
+    requests = execute_requests(9, [11, 12, 13, 14], group, stall_timeout_ms=1500)
+    assert [request.deviceId for request in requests] == [11, 12, 13, 14]
+    streams = Counter()
+    for rank, request in enumerate(requests):
+        assert (request.commId, request.stallTimeoutMs) == (9, 1500)
+        assert len(request.programs) == 2, "a program is shipped once however often it is used"
+        assert [operation.program for operation in request.operations] == [0, 1, 0, 0]
+        assert {operation.memAddr for operation in request.operations} == {100 * rank}
+        for link in request.links:
+            streams.update(("send", rank, link.peer, link.sendStreamId) for _ in range(link.sendStreamId > 0))
+            streams.update(("send", link.peer, rank, link.recvStreamId) for _ in range(link.recvStreamId > 0))
+    # Each stream is named by both of its ends, and by nobody else.
+    assert set(streams.values()) == {2}
+    pairs = {(src, dst) for _, src, dst, _ in streams}
+    ring = {(rank, (rank + 1) % nranks) for rank in range(nranks)}
+    naive = {(rank, 0) for rank in range(1, nranks)} | {(0, rank) for rank in range(1, nranks)}
+    assert pairs == ring | naive
+    assert len({stream for *_, stream in streams}) == len(streams) == len(pairs)
+
+
+def test_stream_ids_are_never_used_again() -> None:
+    collective = Collective("all_reduce", "ring", (0, 0), 80, pb.FLOAT64, pb.SUM)
+    seen = [
+        link.sendStreamId
+        for _ in range(50)
+        for request in execute_requests(1, [1, 2], [collective])
+        for link in request.links
+    ]
+    assert len(set(seen)) == 100
+    assert all(0 < stream < 1 << 63 for stream in seen)
