@@ -69,9 +69,7 @@ class Fleet:
         devices, coordinator: the processes.
     """
 
-    def __init__(
-        self, ndevices: int, device_options: Sequence[str] = (), coordinator_options: Sequence[str] = ()
-    ) -> None:
+    def __init__(self, ndevices: int, device_options: Sequence[str] = (), coordinator_options: Sequence[str] = ()) -> None:
         self._processes = contextlib.ExitStack()
         try:
             self.devices = [
@@ -79,9 +77,7 @@ class Fleet:
                 for number in range(1, ndevices + 1)
             ]
             addresses = [option for device in self.devices for option in ("--device", device.address)]
-            self.coordinator = self._processes.enter_context(
-                ServerProcess("coordinator", *addresses, *coordinator_options)
-            )
+            self.coordinator = self._processes.enter_context(ServerProcess("coordinator", *addresses, *coordinator_options))
         except BaseException:
             self._processes.close()
             raise

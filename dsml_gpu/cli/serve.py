@@ -1,4 +1,4 @@
-"""Runs a device server or a coordinator in the foreground, and turns what stops it from starting into one line and exit 1."""
+"""Runs a device server or a coordinator in the foreground, and says in one line why it does not start."""
 
 from __future__ import annotations
 
@@ -20,6 +20,8 @@ from dsml_gpu.memory.backend import Backend, BackendUnavailable, select_backend
 from dsml_gpu.wire import gpu_sim_pb2 as pb
 from dsml_gpu.wire.server import PortInUse, RpcServer
 
+#: Numbers of ``enum Transport`` by name.
+TRANSPORTS: dict[str, int] = dict(pb.Transport.items())
 #: Room in a message for the fields around its payload.
 MESSAGE_OVERHEAD_BYTES = 1 << 16
 
@@ -145,9 +147,9 @@ def backend_or_exit(name: str) -> tuple[Backend, str]:
 
 def transport_or_exit(name: str) -> int:
     """Number of ``enum Transport``."""
-    if name.upper() not in pb.Transport.keys():
+    if name.upper() not in TRANSPORTS:
         fail(f"transport must be auto, p2p or grpc, not {name!r}")
-    return pb.Transport.Value(name.upper())
+    return TRANSPORTS[name.upper()]
 
 
 def transfer_settings_or_exit(slice_bytes: int, stall_timeout_s: float) -> TransferSettings:
@@ -194,7 +196,8 @@ def _load_toml(path: Path) -> dict[str, Any]:
         import tomllib
     else:
         import tomli as tomllib
-    return tomllib.loads(path.read_text(encoding="utf-8"))
+    content: dict[str, Any] = tomllib.loads(path.read_text(encoding="utf-8"))
+    return content
 
 
 def fail(message: str) -> NoReturn:

@@ -3,6 +3,6 @@
 from dsml_gpu.client.arrays import Device, DeviceArray
 from dsml_gpu.client.client import Client, connect
 from dsml_gpu.client.communicator import CollectiveResult, Communicator
-from dsml_gpu.client.local import local
+from dsml_gpu.client.in_process import local
 
 __all__ = ["Client", "CollectiveResult", "Communicator", "Device", "DeviceArray", "connect", "local"]

@@ -44,9 +44,7 @@ class Device:
         resolved = np.dtype(dtype).newbyteorder("<")
         dimensions = (shape,) if isinstance(shape, int) else tuple(shape)
         nbytes = math.prod(dimensions) * resolved.itemsize
-        request = pb.MallocRequest(
-            deviceId=pb.DeviceId(value=self.device_id), numBytes=max(nbytes, 1), commId=self._comm_id
-        )
+        request = pb.MallocRequest(deviceId=pb.DeviceId(value=self.device_id), numBytes=max(nbytes, 1), commId=self._comm_id)
         addr = self._connection.call("Malloc", request).memAddr.value
         return DeviceArray(self, addr, dimensions, resolved)
 

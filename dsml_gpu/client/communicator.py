@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
@@ -109,9 +109,13 @@ class Communicator:
         """
         self._require_open()
         self._check_ranks(arrays)
-        count, dtype, addrs = arrays[0].nbytes, wire_dtype(arrays[0].dtype), dict(enumerate(a.addr for a in arrays))
+        count, dtype, addrs = (
+            arrays[0].nbytes,
+            cast("pb.DataType", wire_dtype(arrays[0].dtype)),
+            dict(enumerate(a.addr for a in arrays)),
+        )
         mem_addrs = {rank: pb.MemAddr(value=addr) for rank, addr in addrs.items()}
-        op_number = _lookup(OPS, op, "op")
+        op_number = cast("pb.ReduceOp", _lookup(OPS, op, "op"))
         request: Any
         if algorithm == "ring":
             method = "AllReduceRing"

@@ -55,9 +55,7 @@ class CoordinatorConnection:
         """Copies contiguous host bytes (a uint8 array) to device memory."""
         device, address = pb.DeviceId(value=device_id), pb.MemAddr(value=addr)
         if data.nbytes <= _UNARY_COPY_BYTES:
-            to_device = pb.MemcpyHostToDeviceRequest(
-                hostSrcData=data.tobytes(), dstDeviceId=device, dstMemAddr=address
-            )
+            to_device = pb.MemcpyHostToDeviceRequest(hostSrcData=data.tobytes(), dstDeviceId=device, dstMemAddr=address)
             self.call("Memcpy", pb.MemcpyRequest(hostToDevice=to_device))
             return
         header = pb.DataChunk(deviceId=device, memAddr=address, numBytes=data.nbytes)

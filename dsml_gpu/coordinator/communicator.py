@@ -6,7 +6,7 @@ import asyncio
 import logging
 import time
 from collections.abc import Coroutine, Sequence
-from typing import Any
+from typing import Any, cast
 
 from dsml_gpu.coordinator import plan
 from dsml_gpu.coordinator.device_handle import DeviceHandle, in_order
@@ -92,10 +92,7 @@ class Communicator:
         """Tells every device that the communicator is over; a device that does not hear it is gone or forgets by itself."""
         request = pb.LeaveCommRequest
         results = await asyncio.gather(
-            *(
-                handle.call("LeaveComm", request(commId=self.comm_id, deviceId=handle.device_id))
-                for handle in self.handles
-            ),
+            *(handle.call("LeaveComm", request(commId=self.comm_id, deviceId=handle.device_id)) for handle in self.handles),
             return_exceptions=True,
         )
         for handle, result in zip(self.handles, results, strict=True):
@@ -183,7 +180,7 @@ class Communicator:
         algorithms = {collective.algorithm for collective in collectives}
         return pb.CollectiveResult(
             algorithm=algorithms.pop() if len(algorithms) == 1 else "",
-            transports=self._transports(collectives) if bytes_sent else (),
+            transports=cast("list[pb.Transport]", self._transports(collectives)) if bytes_sent else (),
             elapsedNs=elapsed_ns,
             bytesSent=bytes_sent,
         )
@@ -197,9 +194,7 @@ class Communicator:
             for rank, (handle, request) in enumerate(zip(self.handles, requests, strict=True))
         ]
         try:
-            _, unfinished = await asyncio.wait(
-                tasks, timeout=self._operation_timeout_s, return_when=asyncio.FIRST_EXCEPTION
-            )
+            _, unfinished = await asyncio.wait(tasks, timeout=self._operation_timeout_s, return_when=asyncio.FIRST_EXCEPTION)
             if unfinished and not any(task.done() and task.exception() for task in tasks):
                 raise OperationTimeout(f"not done after {self._operation_timeout_s:g} s")
             if unfinished:
@@ -220,11 +215,11 @@ class Communicator:
             raise type(error)(f"rank {rank} ({handle}): {error}") from error
         return int(response.bytesSent)
 
-    def _transports(self, collectives: list[Collective]) -> list[pb.Transport]:
+    def _transports(self, collectives: list[Collective]) -> list[int]:
         devices = [handle.metadata for handle in self.handles]
         pairs = {pair for collective in collectives for pair in plan.pairs_of(collective.algorithm, self.nranks)}
         used = {plan.choose_transport(devices[src], devices[dst], self._forced_transport) for src, dst in pairs}
-        return [pb.Transport.Name(number) for number in sorted(used)]
+        return sorted(used)
 
 
 def _vagueness(error: BaseException) -> int:

@@ -78,9 +78,7 @@ class DeviceHandle:
         permanent: it stays when no communicator uses it.
     """
 
-    def __init__(
-        self, connection: DeviceConnection, address: str, embedded: bool = False, permanent: bool = True
-    ) -> None:
+    def __init__(self, connection: DeviceConnection, address: str, embedded: bool = False, permanent: bool = True) -> None:
         self._connection = connection
         self.address = address
         self.embedded = embedded
@@ -200,7 +198,7 @@ async def in_order(handles: Iterable[DeviceHandle]) -> AsyncIterator[None]:
 
 
 def _end_after(ended: asyncio.Future[None], earlier: list[asyncio.Future[None]]) -> None:
-    """Ends a turn; one that was given up while it waited ends with what it waited for, so that later work cannot overtake."""
+    """Ends a turn; one given up while it waited ends with what it waited for, so that nothing overtakes."""
     if not earlier:
         ended.set_result(None)
         return

@@ -75,9 +75,7 @@ def execute_requests(
 ) -> list[pb.ExecuteRequest]:
     """One request for each rank that together run the collectives, one after the other, over one stream per pair."""
     algorithms = list(dict.fromkeys(collective.algorithm for collective in collectives))
-    pairs = dict.fromkeys(
-        pair for collective in collectives for pair in pairs_of(collective.algorithm, len(device_ids))
-    )
+    pairs = dict.fromkeys(pair for collective in collectives for pair in pairs_of(collective.algorithm, len(device_ids)))
     streams = {pair: new_stream_id() for pair in pairs}
     requests = []
     for rank, device_id in enumerate(device_ids):
@@ -127,4 +125,4 @@ def _wire_program(algorithm: str, nranks: int, rank: int) -> pb.Program:
     )
 
 
-_WIRE_KIND = {kind: pb.Move.Kind.Value(kind.name) for kind in Kind}
+_WIRE_KIND = {kind: pb.Move.Kind.Name(kind.value) for kind in Kind}

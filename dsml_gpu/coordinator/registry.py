@@ -46,7 +46,7 @@ class DeviceRegistry:
             InvalidValue: two devices have the same id.
         """
         results = await asyncio.gather(*(handle.refresh() for handle in self._remote), return_exceptions=True)
-        for handle, result in zip(self._remote, results, strict=True):
+        for result in results:
             if isinstance(result, DsmlError):
                 log.warning("%s", result)
             elif isinstance(result, BaseException):

@@ -239,5 +239,3 @@ def _by_rank(addrs: Any, nranks: int) -> tuple[int, ...]:
 def _ranks(addrs: Any) -> str:
     shown = sorted(addrs)[:20]
     return f"addresses for ranks {', '.join(map(str, shown))}" if shown else "none"
-
-

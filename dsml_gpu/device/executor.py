@@ -51,8 +51,10 @@ class Links:
 
     def abort(self, error: DsmlError) -> None:
         """Tells all peers that this rank gives up, and why."""
-        for link in (*self.send.values(), *self.recv.values()):
-            link.abort(error)
+        for send in self.send.values():
+            send.abort(error)
+        for recv in self.recv.values():
+            recv.abort(error)
 
     async def finish(self) -> None:
         """Ends all streams; returns when every peer has what this rank sent, and this rank what they sent."""

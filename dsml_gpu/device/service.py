@@ -12,7 +12,15 @@ from dsml_gpu.device.dataflow import Dataflow, dataflow_of
 from dsml_gpu.device.device import Device, Membership, Peer
 from dsml_gpu.device.executor import GroupExecution, Links, Operation
 from dsml_gpu.device.point_to_point import PointToPoint
-from dsml_gpu.errors import CommNotReady, DeviceNotFound, DsmlError, InvalidValue, MissingField, OperationAborted, StreamLength
+from dsml_gpu.errors import (
+    CommNotReady,
+    DeviceNotFound,
+    DsmlError,
+    InvalidValue,
+    MissingField,
+    OperationAborted,
+    StreamLength,
+)
 from dsml_gpu.reduction import dtype_of, elements_in, operator_of
 from dsml_gpu.schedules import Kind, Move, Program
 from dsml_gpu.transport.grpc import ChannelPool, GrpcRecvLink, GrpcSendLink, serve_stream_send

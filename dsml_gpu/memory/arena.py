@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 
 from dsml_gpu.errors import AddressOutOfRange, OutOfMemory
@@ -64,7 +66,8 @@ class Arena:
 
     def read(self, addr: int, nbytes: int) -> memoryview:
         """Host bytes of a range; a view of the arena where it is host memory, so use it before anything else runs."""
-        return memoryview(self.backend.to_host(self.view(addr, nbytes)))
+        host: Any = self.backend.to_host(self.view(addr, nbytes))
+        return memoryview(host)
 
     def __repr__(self) -> str:
         state = "untouched" if self._memory is None else "in use"
@@ -77,6 +80,4 @@ def check_range(addr: int, nbytes: int, min_addr: int, max_addr: int) -> None:
     Python integers do not wrap, so ``addr + nbytes`` past 2**64 is out of range like any other.
     """
     if addr < min_addr or addr + nbytes > max_addr:
-        raise AddressOutOfRange(
-            f"address {addr:#x} + {nbytes} bytes is outside device memory {min_addr:#x}..{max_addr:#x}"
-        )
+        raise AddressOutOfRange(f"address {addr:#x} + {nbytes} bytes is outside device memory {min_addr:#x}..{max_addr:#x}")

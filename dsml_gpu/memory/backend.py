@@ -6,8 +6,9 @@ Everything that differs between the two is in this file; arenas, reductions and 
 from __future__ import annotations
 
 import mmap
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Callable
+from typing import Any
 
 import numpy as np
 
@@ -72,7 +73,7 @@ def _cupy() -> Backend:
         raise BackendUnavailable(f"CuPy is not installed ({error}); pip install 'dsml-gpu[cuda13]' or [cuda12]") from error
     try:
         gpus = cp.cuda.runtime.getDeviceCount()
-    except Exception as error:  # CuPy raises several types here: a missing driver, a missing library, an old driver
+    except Exception as error:
         raise BackendUnavailable(f"CuPy {cp.__version__} finds no usable CUDA driver ({error})") from error
     if gpus == 0:
         raise BackendUnavailable(f"CuPy {cp.__version__} finds no GPU")

@@ -7,9 +7,7 @@ from typing import Protocol
 
 from prometheus_client import Counter, Histogram, start_http_server
 
-OPERATIONS = Counter(
-    "dsml_gpu_operations", "Collectives that ended", ["collective", "algorithm", "outcome"]
-)
+OPERATIONS = Counter("dsml_gpu_operations", "Collectives that ended", ["collective", "algorithm", "outcome"])
 OPERATION_BYTES = Counter("dsml_gpu_operation_bytes", "Buffer bytes per rank of collectives that succeeded", ["collective"])
 CONTROL_ROUND_SECONDS = Histogram(
     "dsml_gpu_control_round_seconds",

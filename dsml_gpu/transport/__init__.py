@@ -1,1 +1,1 @@
-"""Moving slices between ranks: peer-to-peer in one process, and gRPC streams. Both sit behind `link.SendLink` and `link.RecvLink`."""
+"""Moving slices between ranks: p2p in one process, and gRPC streams, both behind the small interface of `link`."""

@@ -1,7 +1,7 @@
 """The interface of a transport: a one-way, ordered stream of slices from one rank to another.
 
 Both ends know from the schedule which slices come in which order and how long each is, so slices carry no headers.
-Links live in one event loop and end by `end`, `finish` and `delivered` (all is well) or `abort` (tell the other end why not).
+Links live in one event loop and end by `end`, `finish` and `delivered` (all is well) or `abort` (with the reason).
 """
 
 from __future__ import annotations

@@ -7,8 +7,7 @@ decoding does not copy it at all.
 from __future__ import annotations
 
 from dataclasses import dataclass
-
-import numpy as np
+from typing import Any
 
 from dsml_gpu.wire import gpu_sim_pb2 as pb
 
@@ -20,11 +19,11 @@ class Chunk:
     """A `DataChunk` whose payload is a view.
 
     Attributes:
-        data: the payload; anything with the buffer protocol.
+        data: the payload, anything with the buffer protocol; `decode_chunk` gives bytes or a memoryview.
         header: a `DataChunk` with the additive fields and no data; None where all are absent.
     """
 
-    data: bytes | memoryview | np.ndarray
+    data: Any
     header: pb.DataChunk | None = None
 
 

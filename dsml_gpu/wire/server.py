@@ -15,7 +15,6 @@ from grpc_reflection.v1alpha import reflection
 from dsml_gpu.wire.service import service_handler
 from dsml_gpu.wire.stubs import DEFAULT_MAX_MESSAGE_BYTES, channel_options
 
-
 _WILDCARDS = ("0.0.0.0", "::")
 
 
@@ -26,8 +25,7 @@ class PortInUse(OSError):
 class RpcServer:
     """An asyncio gRPC server for services of the contract.
 
-    Use: construct, `bind`, `await start(...)`, then `await stop()` or `await wait_for_signal(...)` and `stop`; all from one event
-    loop.
+    Use: construct, `bind`, `await start(...)`, then `await stop()`; all from one event loop.
 
     Args:
         host, port: where to listen; port 0 takes a free one.
@@ -60,7 +58,7 @@ class RpcServer:
         except RuntimeError:
             port = 0
         if port == 0:
-            raise PortInUse(f"cannot listen on {listen_on}: the port is in use, or the host is no address of this machine")
+            raise PortInUse(f"cannot listen on {listen_on}: the port is in use, or the host is not ours")
         self.port = port
 
     async def start(self, servicers: Mapping[str, Any]) -> None:

@@ -48,7 +48,7 @@ def service_handler(service: str, servicer: Any) -> grpc.GenericRpcHandler:
     return grpc.method_handlers_generic_handler(descriptor.full_name, handlers)
 
 
-def _method_handler(method: Any, call: Callable[..., Any]) -> grpc.RpcMethodHandler:
+def _method_handler(method: Any, call: Callable[..., Any]) -> Any:
     decode = _total(method.input_type.name, _decoder(method.input_type))
     encode = _encoder(method.output_type)
     if method.client_streaming:
@@ -62,7 +62,7 @@ def _unary_unary(call: Callable[..., Any]) -> Callable[..., Any]:
     async def handler(request: Any, context: Any) -> Any:
         try:
             return await call(_well_formed(request), context)
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001  becomes the call's status
             return await _refuse(context, error)
 
     return handler
@@ -72,7 +72,7 @@ def _stream_unary(call: Callable[..., Any]) -> Callable[..., Any]:
     async def handler(requests: AsyncIterator[Any], context: Any) -> Any:
         try:
             return await call(_well_formed_stream(requests), context)
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001  becomes the call's status
             return await _refuse(context, error)
 
     return handler
@@ -83,7 +83,7 @@ def _unary_stream(call: Callable[..., Any]) -> Callable[..., Any]:
         try:
             async for response in call(_well_formed(request), context):
                 await in_time(context.write(response), STREAM_STALL_TIMEOUT_S, "the client to take a message")
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001  becomes the call's status
             await _refuse(context, error)
 
     return handler

@@ -33,5 +33,5 @@ def error_of(failure: grpc.RpcError) -> DsmlError:
 
 def refusal_of(failure: grpc.RpcError) -> str | None:
     """Name of the refusal that the server gave; None where gRPC itself ended the call."""
-    trailing = failure.trailing_metadata() or ()
+    trailing: Any = failure.trailing_metadata() or ()
     return next((str(value) for key, value in trailing if key == REFUSAL_KEY), None)

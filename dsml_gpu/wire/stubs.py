@@ -25,9 +25,7 @@ def channel_options(max_message_bytes: int = DEFAULT_MAX_MESSAGE_BYTES) -> list[
 def device_stub(channel: Any) -> Any:
     """Stub of GPUDevice over a `grpc.Channel` or a `grpc.aio.Channel`."""
     stub: Any = GPUDeviceStub(channel)
-    stub.StreamSend = channel.stream_unary(
-        "/gpu_sim.GPUDevice/StreamSend", encode_chunk, pb.StreamSendResponse.FromString
-    )
+    stub.StreamSend = channel.stream_unary("/gpu_sim.GPUDevice/StreamSend", encode_chunk, pb.StreamSendResponse.FromString)
     _use_codec(stub, channel, "GPUDevice")
     return stub
 

@@ -38,9 +38,7 @@ class Ranks:
                 pb.JoinCommRequest(commId=COMM, rank=rank, peers=peers, deviceId=device.device_id), None
             )
 
-    async def all_reduce(
-        self, inputs: Sequence[np.ndarray], op: str, algorithm: str, addr: int = 64
-    ) -> list[np.ndarray]:
+    async def all_reduce(self, inputs: Sequence[np.ndarray], op: str, algorithm: str, addr: int = 64) -> list[np.ndarray]:
         """The buffers of all ranks afterwards."""
         dtype, count = inputs[0].dtype, inputs[0].nbytes
         for device, values in zip(self.devices, inputs, strict=True):
@@ -57,9 +55,7 @@ class Ranks:
 
 
 @asynccontextmanager
-async def ranks(
-    nranks: int, transport: int, slice_bytes: int = 4096, stall_timeout_s: float = 10.0
-) -> AsyncIterator[Ranks]:
+async def ranks(nranks: int, transport: int, slice_bytes: int = 4096, stall_timeout_s: float = 10.0) -> AsyncIterator[Ranks]:
     """Devices whose chunks are cut finely, so that small buffers have many slices."""
     server = RpcServer("127.0.0.1", 0)
     server.bind()

@@ -94,7 +94,7 @@ def test_float_results_are_the_same_bits_on_all_ranks_and_over_all_transports(al
         asyncio.run(scenario(transport))
     assert len(seen) == 2 * 3 * 5
     assert len(set(seen)) == 1
-    np.testing.assert_allclose(np.frombuffer(seen[0]), np.sum(inputs, axis=0), rtol=0, atol=1e-13)
+    assert np.abs(np.frombuffer(seen[0]) - np.sum(inputs, axis=0)).max() < 1e-13
 
 
 def test_unaligned_buffers() -> None:

@@ -41,7 +41,9 @@ def test_a_view_is_the_memory_itself() -> None:
 )
 def test_outside_is_refused_with_both_ranges(addr: int, nbytes: int) -> None:
     arena = Arena(4 * MIB, NUMPY, min_addr=0x1000)
-    with pytest.raises(AddressOutOfRange, match=f"address {addr:#x} \\+ {nbytes} bytes is outside device memory 0x1000..0x401000"):
+    with pytest.raises(
+        AddressOutOfRange, match=f"address {addr:#x} \\+ {nbytes} bytes is outside device memory 0x1000..0x401000"
+    ):
         arena.view(addr, nbytes)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from itertools import pairwise
 
 import pytest
 from hypothesis import given
@@ -16,7 +17,7 @@ def test_chunks_cover_the_buffer_once_and_evenly(count: int, nchunks: int) -> No
     bounds = [chunk_bounds(count, nchunks, chunk) for chunk in range(nchunks)]
     assert bounds[0][0] == 0
     assert bounds[-1][1] == count
-    assert all(left[1] == right[0] for left, right in zip(bounds, bounds[1:], strict=False))
+    assert all(left[1] == right[0] for left, right in pairwise(bounds))
     sizes = [last - first for first, last in bounds]
     assert max(sizes) - min(sizes) <= 1
 

@@ -51,7 +51,7 @@ def test_ring_moves_the_least_that_is_possible(nranks: int) -> None:
         assert Counter(transfer.src for transfer in step) == Counter(range(nranks))
         assert all(transfer.dst == (transfer.src + 1) % nranks for transfer in step)
     elements = 5 * nranks  # divisible, so that the closed formula is exact
-    sent = Counter({rank: 0 for rank in range(nranks)})
+    sent = Counter(dict.fromkeys(range(nranks), 0))
     for step in schedule.steps:
         for transfer in step:
             first, last = chunk_bounds(elements, schedule.nchunks, transfer.chunk)
@@ -84,8 +84,12 @@ BACK = Transfer(1, 0, 0, reduce=False)
         pytest.param(((SEND,), (BACK,)), 2, "in chunk 1; all_reduce promises ranks 0, 1", id="a chunk is forgotten"),
         pytest.param(((SEND,), (SEND,), (BACK,)), 1, "rank 0 would be reduced twice", id="reduced twice"),
         pytest.param(((SEND, SEND), (BACK,)), 1, "rank 0 would be reduced twice", id="reduced twice in one step"),
-        pytest.param(((SEND, Transfer(0, 1, 0, reduce=False)),), 1, "another transfer of the same step", id="copy and reduce"),
-        pytest.param(((SEND,), (Transfer(1, 0, 0, reduce=True),)), 1, "rank 0 would be reduced twice", id="reduce on way back"),
+        pytest.param(
+            ((SEND, Transfer(0, 1, 0, reduce=False)),), 1, "another transfer of the same step", id="copy and reduce"
+        ),
+        pytest.param(
+            ((SEND,), (Transfer(1, 0, 0, reduce=True),)), 1, "rank 0 would be reduced twice", id="reduce on way back"
+        ),
         pytest.param(((Transfer(0, 0, 0, reduce=False),),), 1, "does not send to itself", id="to itself"),
         pytest.param(((Transfer(0, 2, 0, reduce=True),),), 1, "dst 2 is not one of 2 ranks", id="no such rank"),
         pytest.param(((Transfer(-1, 1, 0, reduce=True),),), 1, "src -1 is not one of 2 ranks", id="negative rank"),

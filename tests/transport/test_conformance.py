@@ -148,7 +148,7 @@ def test_one_slice_too_few_and_one_too_many(transport: str) -> None:
         async with TRANSPORTS[transport]() as ends:
             sender, receiver = ends.send(), ends.recv()
             await sender.send(slices()[0], lambda: None)
-            with pytest.raises(StreamLength, match="expected the end of the stream.*got 1000 bytes more"):
+            with pytest.raises(StreamLength, match=r"expected the end of the stream.*got 1000 bytes more"):
                 await receiver.finish()
             receiver.abort(OperationAborted("too many"))
             sender.abort(OperationAborted("too many"))
@@ -184,7 +184,7 @@ def test_the_sender_hears_why_the_receiver_gave_up(transport: str) -> None:
                     await sender.send(slices()[0], lambda: None)
 
             # Over gRPC the reason is lost when a message of ours meets the closed stream before the status comes.
-            with pytest.raises(OperationAborted, match="rank 3 has no more paper|gave up"):
+            with pytest.raises(OperationAborted, match=r"rank 3 has no more paper|gave up"):
                 await asyncio.wait_for(send_until_it_fails(), 5)
             sender.abort(OperationAborted("so do I"))
 
@@ -194,7 +194,7 @@ def test_the_sender_hears_why_the_receiver_gave_up(transport: str) -> None:
 def test_a_receiver_whose_sender_never_comes_does_not_wait_for_ever(transport: str) -> None:
     async def scenario() -> None:
         async with TRANSPORTS[transport]() as ends:
-            with pytest.raises(OperationTimeout, match="did not come for 0.3 s"):
+            with pytest.raises(OperationTimeout, match=r"did not come for 0.3 s"):
                 await asyncio.wait_for(ends.recv().recv(1), 5)
             assert ends.open_streams() == 0
 
@@ -212,7 +212,7 @@ def test_a_sender_whose_receiver_never_comes_does_not_wait_for_ever(transport: s
                     if transport == "p2p":  # it never waits for room, so let time pass
                         await asyncio.sleep(0.01)
 
-            with pytest.raises(DsmlError, match="did not come for 0.3 s|gave up"):
+            with pytest.raises(DsmlError, match=r"did not come for 0.3 s|gave up"):
                 await asyncio.wait_for(send_until_it_fails(), 5)
             assert ends.open_streams() == 0
 

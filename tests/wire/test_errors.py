@@ -17,9 +17,8 @@ def documented_codes() -> dict[str, str]:
     """Refusal -> code, from the comments in the contract."""
     body = re.search(r"enum Refusal \{(.*?)\n\}", PROTO.read_text(), re.DOTALL)
     assert body is not None
-    return dict(
-        (name, code) for code, name in re.findall(r"// ([A-Z_]+): [^\n]*(?:\n  //[^\n]*)*\n  ([A-Z_]+) =", body[1])
-    )
+    documented = re.findall(r"// ([A-Z_]+): [^\n]*(?:\n  //[^\n]*)*\n  ([A-Z_]+) =", body[1])
+    return {name: code for code, name in documented}
 
 
 def test_every_refusal_has_one_class_with_the_documented_code() -> None:

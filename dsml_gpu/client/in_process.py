@@ -59,7 +59,7 @@ class _CoordinatorThread:
         try:
             server = CoordinatorServer(self._config)
             await server.start()
-        except BaseException as error:
+        except BaseException as error:  # noqa: BLE001  raised where the thread was started
             self._started.set_exception(error)
             return
         self._started.set_result(server.address)
