@@ -164,8 +164,16 @@ class GroupExecution:
             target[...] = data
             return
         divisor = self._nranks if operation.operator.averages and kind is Kind.REDUCE_LAST else 1
-        dtype = operation.dtype
-        reduce_into(self._arena.backend.xp, operation.operator, target.view(dtype), data.view(dtype), divisor)
+        self._reduce(operation, target, data, divisor)
+
+    def _reduce(self, operation: Operation, target: Any, data: Any, divisor: int) -> None:
+        backend, operator, dtype = self._arena.backend, operation.operator, operation.dtype
+        if backend.computes(target, dtype) and backend.computes(data, dtype):
+            reduce_into(backend.xp, operator, target.view(dtype), data.view(dtype), divisor)
+            return
+        accumulator = backend.to_host(target)
+        reduce_into(np, operator, accumulator.view(dtype), backend.to_host(data).view(dtype), divisor)
+        target[...] = backend.from_host(accumulator)
 
 
 class _Slice:

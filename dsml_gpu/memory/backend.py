@@ -32,6 +32,7 @@ class Backend:
         to_host: device array -> numpy array; a view where the memory is host memory already.
         from_host: numpy array -> device array that a ufunc of `xp` accepts; a view where possible.
         synchronize: returns when all work queued on the device is done.
+        computes: whether `xp` can compute on these bytes as this type; where not, the host does.
     """
 
     name: str
@@ -41,6 +42,7 @@ class Backend:
     to_host: Callable[[DeviceNDArray], np.ndarray]
     from_host: Callable[[np.ndarray], DeviceNDArray]
     synchronize: Callable[[], None]
+    computes: Callable[[DeviceNDArray, np.dtype[Any]], bool]
 
 
 def _reserve_host_memory(nbytes: int) -> np.ndarray:
@@ -63,6 +65,7 @@ NUMPY = Backend(
     to_host=lambda array: array,
     from_host=lambda array: array,
     synchronize=lambda: None,
+    computes=lambda array, dtype: True,
 )
 
 
@@ -93,6 +96,8 @@ def _cupy() -> Backend:
         to_host=cp.asnumpy,
         from_host=cp.asarray,
         synchronize=cp.cuda.get_current_stream().synchronize,
+        # A GPU faults on unaligned access, and CuPy's ufuncs know no bfloat16.
+        computes=lambda array, dtype: array.data.ptr % dtype.itemsize == 0 and dtype.kind in "iuf",
     )
 
 
