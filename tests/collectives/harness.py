@@ -12,7 +12,7 @@ from dsml_gpu.coordinator.plan import Collective, execute_requests, peers_of
 from dsml_gpu.device.device import Device
 from dsml_gpu.device.service import DeviceService, TransferSettings
 from dsml_gpu.memory.arena import Arena
-from dsml_gpu.memory.backend import NUMPY
+from dsml_gpu.memory.backend import NUMPY, Backend
 from dsml_gpu.reduction import wire_dtype
 from dsml_gpu.wire import gpu_sim_pb2 as pb
 from dsml_gpu.wire.server import RpcServer
@@ -23,9 +23,9 @@ COMM = 1
 class Ranks:
     """`nranks` devices behind one real server, joined to one communicator."""
 
-    def __init__(self, service: DeviceService, nranks: int, transport: int) -> None:
+    def __init__(self, service: DeviceService, nranks: int, transport: int, backend: Backend) -> None:
         self.service = service
-        self.devices = [Device(number, Arena(64 << 20, NUMPY)) for number in range(1, nranks + 1)]
+        self.devices = [Device(number, Arena(64 << 20, backend)) for number in range(1, nranks + 1)]
         for device in self.devices:
             service.add(device)
         self._transport = transport
@@ -55,13 +55,15 @@ class Ranks:
 
 
 @asynccontextmanager
-async def ranks(nranks: int, transport: int, slice_bytes: int = 4096, stall_timeout_s: float = 10.0) -> AsyncIterator[Ranks]:
+async def ranks(
+    nranks: int, transport: int, slice_bytes: int = 4096, stall_timeout_s: float = 10.0, backend: Backend = NUMPY
+) -> AsyncIterator[Ranks]:
     """Devices whose chunks are cut finely, so that small buffers have many slices."""
     server = RpcServer("127.0.0.1", 0)
     server.bind()
     service = DeviceService(server.address, TransferSettings(slice_bytes, stall_timeout_s))
     await server.start({"GPUDevice": service})
-    world = Ranks(service, nranks, transport)
+    world = Ranks(service, nranks, transport, backend)
     await world.join()
     try:
         yield world

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
 from dsml_gpu.coordinator.plan import Collective
+from dsml_gpu.memory.backend import NUMPY
 from dsml_gpu.reduction import DTYPES
 from dsml_gpu.schedules import ALL_REDUCE
 from dsml_gpu.wire import gpu_sim_pb2 as pb
@@ -74,6 +76,30 @@ def test_over_grpc_streams(nranks: int) -> None:
                     await check(world, dtype, OPS[number % len(OPS)], algorithm, 7919)
                 for count in (0, 1, nranks - 1):
                     await check(world, DTYPES["FLOAT64"], "SUM", algorithm, count)
+
+    asyncio.run(scenario())
+
+
+APART = replace(
+    NUMPY,
+    name="apart",
+    to_host=lambda array: array.copy(),
+    from_host=lambda array: array.copy(),
+    computes=lambda array, dtype: array.ctypes.data % dtype.itemsize == 0 and dtype.kind in "iuf",
+)
+
+
+@pytest.mark.parametrize("transport", [pb.P2P, pb.GRPC])
+def test_memory_that_is_not_host_memory(transport: int) -> None:
+    """As on a GPU: what the host has is a copy, and some bytes can be computed on by the host alone."""
+
+    async def scenario() -> None:
+        async with ranks(3, transport, backend=APART) as world:
+            for dtype in DTYPES.values():
+                for op in OPS:
+                    await check(world, dtype, op, "ring", 997)
+            for result in await world.all_reduce([np.ones(1001)] * 3, "SUM", "ring", addr=61):
+                assert (result == 3).all()
 
     asyncio.run(scenario())
 
