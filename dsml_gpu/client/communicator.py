@@ -109,12 +109,8 @@ class Communicator:
         """
         self._require_open()
         self._check_ranks(arrays)
-        count, dtype, addrs = (
-            arrays[0].nbytes,
-            cast("pb.DataType", wire_dtype(arrays[0].dtype)),
-            dict(enumerate(a.addr for a in arrays)),
-        )
-        mem_addrs = {rank: pb.MemAddr(value=addr) for rank, addr in addrs.items()}
+        count, dtype = arrays[0].nbytes, cast("pb.DataType", wire_dtype(arrays[0].dtype))
+        mem_addrs = {rank: pb.MemAddr(value=array.addr) for rank, array in enumerate(arrays)}
         op_number = cast("pb.ReduceOp", _lookup(OPS, op, "op"))
         request: Any
         if algorithm == "ring":

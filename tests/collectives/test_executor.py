@@ -50,11 +50,6 @@ def test_a_rank_that_never_comes_is_named(transport: int) -> None:
             assert all(isinstance(result, (OperationTimeout, OperationAborted)) for result in results)
             timeouts = [str(result) for result in results if isinstance(result, OperationTimeout)]
             assert any("rank 2" in message or "did not come" in message for message in timeouts), results
-            # What rank 2 would have met goes by itself.
-            deadline = asyncio.get_running_loop().time() + 5
-            while len(world.service._incoming) + len(world.service._pipes):
-                assert asyncio.get_running_loop().time() < deadline, "streams stay open"
-                await asyncio.sleep(0.02)
 
     asyncio.run(scenario())
 
@@ -62,7 +57,7 @@ def test_a_rank_that_never_comes_is_named(transport: int) -> None:
 @BOTH
 def test_cancelling_one_rank_ends_the_others(transport: int) -> None:
     async def scenario() -> None:
-        async with ranks(3, transport, stall_timeout_s=5) as world:
+        async with ranks(3, transport, stall_timeout_s=4) as world:
             world.devices[0].arena.write(0, b"\x3f" * (1 << 20))
             collective = Collective("all_reduce", "ring", (0, 0, 0), 48 << 20, pb.FLOAT64, pb.SUM)
             requests = execute_requests(COMM, [1, 2, 3], [collective])
@@ -70,7 +65,7 @@ def test_cancelling_one_rank_ends_the_others(transport: int) -> None:
             while bytes(world.devices[1].arena.read(0, 1)) == b"\0":  # noqa: ASYNC110  memory has no event
                 await asyncio.sleep(0)  # until something has reached rank 1
             work[0].cancel()
-            results = await asyncio.wait_for(asyncio.gather(*work, return_exceptions=True), 4)
+            results = await asyncio.wait_for(asyncio.gather(*work, return_exceptions=True), 3)
             assert isinstance(results[0], asyncio.CancelledError)
             assert all(isinstance(result, OperationAborted) for result in results[1:])
 
