@@ -4,22 +4,23 @@
     python proto/generate.py            write them
     python proto/generate.py --check    exit 1 with a summary where what is committed is not what would be written
 
-The second exit code that matters is 2: the stubs cannot be generated here, because none of this machine's Pythons can run
-the pinned generator (``--check`` has then checked nothing).
+Exit code 2 means that the stubs cannot be generated here, because none of this machine's Pythons can run the pinned
+generator (``--check`` has then checked nothing).
 
-Why an old generator in an environment of its own: generated code refuses a protobuf runtime older than its generator, and
-a generator of grpcio-tools >= 1.63 would raise our lower bound to protobuf 5. The code of protoc 25 is the newest that
-carries no such check and is still valid under protobuf 7, so one set of committed stubs serves the whole range which
-pyproject.toml names. That generator has wheels for Python 3.12 at the newest; the environment, ``.venv-protoc/``, is made
-with the first Python that fits, and is kept.
+Why an old generator in an environment of its own: generated code refuses a protobuf runtime older than its generator,
+and a generator of grpcio-tools >= 1.63 would raise our lower bound to protobuf 5. The code of protoc 25 is the newest
+that carries no such check, and it still runs under protobuf 7, so one set of committed stubs serves the whole range
+which pyproject.toml names. That generator has wheels for Python 3.12 at the newest; the environment, ``.venv-protoc/``,
+is made with the first Python that fits, and is kept.
 
 Why the proto file is compiled under the name ``dsml_gpu/wire/gpu_sim.proto`` (the ``-I`` mapping): protoc derives the
 import inside ``gpu_sim_pb2_grpc.py`` from it, so nothing has to be edited afterwards.
 
-What that cannot solve: messages are registered in a table of the process by their full names, ``gpu_sim.DeviceId`` and so
-on. A process that imports ``dsml_gpu.wire.gpu_sim_pb2`` cannot import a second module generated from a file that
-declares package ``gpu_sim``; whatever that file is called, the second import raises ``TypeError: Couldn't build proto file
-into descriptor pool: duplicate symbol``. Clients with stubs of their own talk to a server in another process.
+What that cannot solve: messages are registered in a table of the process by their full names, ``gpu_sim.DeviceId`` and
+so on. A process that has imported ``dsml_gpu.wire.gpu_sim_pb2`` cannot import a module generated from another copy of
+the contract: where the same message is in both, the second import raises ``TypeError: Couldn't build proto file into
+descriptor pool: duplicate symbol``, with protobuf 4.25 as with 7, be the copies equal or not. Clients with stubs of
+their own talk to a server in another process.
 """
 
 from __future__ import annotations
@@ -37,7 +38,8 @@ VENV = ROOT / ".venv-protoc"
 PACKAGE_DIR = "dsml_gpu/wire"
 OUTPUTS = ("gpu_sim_pb2.py", "gpu_sim_pb2.pyi", "gpu_sim_pb2_grpc.py", "gpu_sim_pb2_grpc.pyi")
 
-# Installed with --no-deps: this is all that the generator runs, each at one version, so that everybody's output is the same.
+# Installed with --no-deps: this is all that the generator runs, each at one version, so that the output is the same
+# everywhere.
 PINS = (
     "grpcio-tools==1.62.3",  # protoc 25.1, the last whose code does not ask for a newer runtime
     "protobuf==4.25.9",
@@ -55,16 +57,16 @@ class NoGenerator(Exception):
 
 def find_python() -> str:
     """Return an interpreter that the pinned generator has wheels for: this one, or one on PATH."""
-    if OLDEST <= sys.version_info[:2] <= NEWEST:
-        return sys.executable
-    for minor in range(NEWEST[1], OLDEST[1] - 1, -1):
-        found = shutil.which(f"python3.{minor}")
-        # It is run, not only found: version managers put names on PATH that answer with an error.
-        if found and subprocess.run([found, "-c", "import venv"], capture_output=True, check=False).returncode == 0:
-            return found
+    minors = range(NEWEST[1], OLDEST[1] - 1, -1)
+    here = [sys.executable] if OLDEST <= sys.version_info[:2] <= NEWEST else []
+    for python in (*here, *filter(None, (shutil.which(f"python3.{minor}") for minor in minors))):
+        # Not every one that is found will do: version managers put names on PATH that only answer with an error, and
+        # some systems leave out what makes environments.
+        if subprocess.run([python, "-c", "import ensurepip, venv"], capture_output=True, check=False).returncode == 0:
+            return python
     raise NoGenerator(
         f"{PINS[0]} has wheels for Python {OLDEST[0]}.{OLDEST[1]} to {NEWEST[0]}.{NEWEST[1]}; this is Python "
-        f"{sys.version_info[0]}.{sys.version_info[1]}, and PATH has none of those"
+        f"{sys.version_info[0]}.{sys.version_info[1]}, and none on PATH is one of those and has venv"
     )
 
 
