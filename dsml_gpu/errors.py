@@ -115,6 +115,10 @@ class OutOfMemory(ResourceExhausted, MemoryError):
     refusal = "OUT_OF_MEMORY"
 
 
+class MessageTooLarge(ResourceExhausted):
+    refusal = "MESSAGE_TOO_LARGE"
+
+
 class TooManyStreams(ResourceExhausted):
     refusal = "TOO_MANY_STREAMS"
 
@@ -129,13 +133,13 @@ class PeerUnavailable(Unavailable):
     refusal = "PEER_UNAVAILABLE"
 
 
-class ShuttingDown(Unavailable):
-    refusal = "SHUTTING_DOWN"
-
-
 class OperationTimeout(DsmlError, TimeoutError):
     code = "DEADLINE_EXCEEDED"
     refusal = "OPERATION_TIMEOUT"
+
+
+class NoAnswer(OperationTimeout):
+    """Nobody answered before the deadline; not even a server that says so."""
 
 
 class OperationAborted(DsmlError):
@@ -148,15 +152,15 @@ class StreamLength(DsmlError):
     refusal = "STREAM_LENGTH"
 
 
-def _leaves(cls: type[DsmlError]) -> list[type[DsmlError]]:
+def _classes(cls: type[DsmlError]) -> list[type[DsmlError]]:
     found = [cls]
     for sub in cls.__subclasses__():
-        found += _leaves(sub)
+        found += _classes(sub)
     return found
 
 
-#: Refusal name -> class; the most derived class wins (InvalidArgument and InvalidValue share a name).
-BY_REFUSAL: dict[str, type[DsmlError]] = {cls.refusal: cls for cls in _leaves(DsmlError)}
+#: Refusal name -> the class that has it as its own; of InvalidArgument and InvalidValue, which share one, the latter.
+BY_REFUSAL: dict[str, type[DsmlError]] = {cls.refusal: cls for cls in _classes(DsmlError) if "refusal" in vars(cls)}
 #: gRPC code name -> the most general class, for errors that carry no refusal (an older server, gRPC itself).
 BY_CODE: dict[str, type[DsmlError]] = {
     cls.code: cls

@@ -186,9 +186,9 @@ def measure_size(comm: Communicator, setup: Setup, size_bytes: int) -> list[Row]
     """Checks, then times all algorithms at one size, in turn."""
     dtype = DTYPES[setup.dtype.upper()]
     count = size_bytes // dtype.itemsize
+    arrays = comm.empty(count, dtype)  # before the host's arrays: the devices say clearly when they have no room
     sources = inputs(comm.nranks, count, dtype, setup.op)
     right = expected(sources, setup.op)
-    arrays = comm.empty(count, dtype)
 
     def all_reduce(algorithm: str) -> CollectiveResult:
         result = comm.all_reduce(arrays, op=setup.op, algorithm=algorithm)
@@ -276,9 +276,9 @@ def _columns(cells: Sequence[str]) -> str:
 def as_json(rows: Sequence[Row]) -> str:
     """A JSON list with one object for each row.
 
-    Keys: ``size_bytes`` and ``count`` (elements) of each rank's buffer; ``dtype``, ``op``, ``algorithm``; ``transports``
-    (a list, empty where nothing had to move); ``nranks``; ``iterations``; ``time_us`` (the median) between
-    ``time_us_quartile1`` and ``time_us_quartile3``; ``algbw_gb_s`` and ``busbw_gb_s`` (in 1e9 bytes a second); ``wrong``
+    Keys: ``size_bytes`` and ``count`` (elements) of each rank's buffer; ``dtype``; ``op``; ``algorithm``;
+    ``transports`` (a list, empty where nothing had to move); ``nranks``; ``iterations``; ``time_us`` (median), between
+    ``time_us_quartile1`` and ``time_us_quartile3``; ``algbw_gb_s`` and ``busbw_gb_s`` (1e9 bytes a second); ``wrong``
     (elements, over all ranks).
     """
     return json.dumps([_json_object(row) for row in rows], indent=2) + "\n"

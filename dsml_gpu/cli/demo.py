@@ -135,10 +135,7 @@ def _run(setup: Setup, train_on: Examples, test_on: Examples) -> None:
         comparisons = [compare(comm, elements) for elements in COMPARED_SIZES]
     check = check_training(training, train_on, test_on, setup.epochs)
     console.print(table(setup, training, check, comparisons))
-    if not check.difference < TOLERANCE:  # NaN is no success
-        raise DemoFailed(
-            f"parameters differ by {check.difference:.3g} from those trained in one process; {TOLERANCE:g} is allowed"
-        )
+    require_rounding_only(check.difference)
 
 
 def train(comm: Communicator, examples: Examples, setup: Setup, on_step: Callable[[], object]) -> Training:
@@ -178,6 +175,14 @@ def check_identical(replicas: Sequence[Replica], step: int) -> None:
     for rank, replica in enumerate(replicas):
         if not np.array_equal(replica.parameters, replicas[0].parameters):
             raise DemoFailed(f"after step {step} the replica of worker {rank} is not that of worker 0")
+
+
+def require_rounding_only(difference: float) -> None:
+    """Raises DemoFailed where parameters differ by more than rounding from those trained in one process."""
+    if not difference < TOLERANCE:  # NaN is no success
+        raise DemoFailed(
+            f"parameters differ by {difference:.3g} from those trained in one process; {TOLERANCE:g} is allowed"
+        )
 
 
 def check_training(training: Training, train_on: Examples, test_on: Examples, epochs: int) -> Check:

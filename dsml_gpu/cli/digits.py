@@ -80,9 +80,7 @@ def load() -> tuple[Examples, Examples]:
 def initial() -> Replica:
     """An untrained model: normal weights scaled by the number of inputs, zero biases."""
     rng = np.random.default_rng(_SEED)
-    layers = [
-        rng.standard_normal(shape) / np.sqrt(shape[0]) if len(shape) == 2 else np.zeros(shape) for shape in _SHAPES
-    ]
+    layers = [rng.standard_normal(shape) / np.sqrt(shape[0]) if len(shape) == 2 else np.zeros(shape) for shape in _SHAPES]
     return Replica(np.concatenate([layer.reshape(-1) for layer in layers]), np.zeros(PARAMETERS))
 
 

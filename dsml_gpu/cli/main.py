@@ -59,9 +59,7 @@ Embedded = Annotated[
         help="Have N devices in this process. Default: none beside configured devices, else as many as are asked for.",
     ),
 ]
-TransportName = Annotated[
-    str, typer.Option(metavar="auto|p2p|grpc", help="Transport of communicators that ask for none.")
-]
+TransportName = Annotated[str, typer.Option(metavar="auto|p2p|grpc", help="Transport of communicators that ask for none.")]
 OperationTimeout = Annotated[
     float, typer.Option(min=0.1, metavar="SECONDS", help="Fail a collective that takes longer, moving or not.")
 ]
@@ -146,7 +144,9 @@ def coordinator(
         memory_bytes=memory,
         backend=chosen,
         max_message_bytes=max_message + serve.MESSAGE_OVERHEAD_BYTES,
-        settings=CoordinatorSettings(serve.transport_or_exit(transport), stall_timeout, operation_timeout),
+        settings=CoordinatorSettings(
+            serve.transport_or_exit(transport), stall_timeout, operation_timeout, max_message + serve.MESSAGE_OVERHEAD_BYTES
+        ),
         transfers=serve.transfer_settings_or_exit(slice_bytes, stall_timeout),
     )
     ready = serve.summary if context.info_name == "serve" else serve.line
@@ -164,7 +164,7 @@ app.command("serve", help="The same as coordinator, with a summary of what it se
 
 @app.command()
 def demo(
-    epochs: Annotated[int, typer.Option(min=1, help="Passes over the training digits.")] = 12,
+    epochs: Annotated[int, typer.Option(min=1, help="Passes over the training digits.")] = 10,
     workers: Annotated[int, typer.Option(min=1, help="Workers, each with a device server of its own.")] = 4,
     algorithm: Annotated[str, typer.Option(metavar="ring|naive", help="Algorithm of the all-reduce.")] = "ring",
 ) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
+from functools import reduce
 from typing import Any, TypeVar
 
 import numpy as np
@@ -35,29 +36,28 @@ def inputs(nranks: int, count: int, dtype: np.dtype[Any], op: str) -> list[np.nd
     """
     rng = np.random.default_rng(0)
     first, last = (1, 2) if op == "prod" else (0, max(1, _LARGEST_SUM // nranks))
-    return [rng.integers(first, last, count, endpoint=True).astype(dtype) for _ in range(nranks)]
+    return [rng.integers(first, last, count, dtype=np.int8, endpoint=True).astype(dtype) for _ in range(nranks)]
 
 
 def expected(sources: Sequence[np.ndarray], op: str) -> np.ndarray:
     """What an all-reduce of `inputs` must leave on every rank, computed in 64 bits and rounded to the type once."""
     dtype = sources[0].dtype
-    wide = np.stack(sources).astype(np.int64 if dtype.kind in "iu" else np.float64)
+    integer = dtype.kind in "iu"
+    wide = np.dtype(np.int64 if integer else np.float64)
+    result: np.ndarray = reduce(_FUNCTIONS[op], (source.astype(wide) for source in sources))
+    if op == "avg":
+        # Integer averages truncate toward zero; the inputs are not negative, so that is what // does.
+        result = result // len(sources) if integer else result / len(sources)
     with np.errstate(over="ignore"):  # a product may be infinite in the narrow type
-        return np.asarray(_REDUCTIONS[op](wide)).astype(dtype)
+        return result.astype(dtype)
 
 
-def _average(stacked: np.ndarray) -> Any:
-    total, nranks = np.add.reduce(stacked), len(stacked)
-    # Integer averages truncate toward zero; the inputs are not negative, so that is what // does.
-    return total // nranks if total.dtype.kind == "i" else total / nranks
-
-
-_REDUCTIONS: dict[str, Callable[[np.ndarray], Any]] = {
-    "sum": np.add.reduce,
-    "prod": np.multiply.reduce,
-    "min": np.minimum.reduce,
-    "max": np.maximum.reduce,
-    "avg": _average,
+_FUNCTIONS: dict[str, Callable[[Any, Any], Any]] = {
+    "sum": np.add,
+    "avg": np.add,
+    "prod": np.multiply,
+    "min": np.minimum,
+    "max": np.maximum,
 }
 
 
@@ -66,9 +66,7 @@ def count_wrong(actual: np.ndarray, right: np.ndarray) -> int:
     return int(np.count_nonzero(actual != right))
 
 
-def time_interleaved(
-    work: Mapping[Name, Callable[[], object]], iterations: int, warmup: int = 1
-) -> dict[Name, list[float]]:
+def time_interleaved(work: Mapping[Name, Callable[[], object]], iterations: int, warmup: int = 1) -> dict[Name, list[float]]:
     """Runs each piece of work `warmup` + `iterations` times, in turn, so that what slows the machine slows all alike.
 
     Returns:

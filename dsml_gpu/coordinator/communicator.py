@@ -196,7 +196,12 @@ class Communicator:
         try:
             _, unfinished = await asyncio.wait(tasks, timeout=self._operation_timeout_s, return_when=asyncio.FIRST_EXCEPTION)
             if unfinished and not any(task.done() and task.exception() for task in tasks):
-                raise OperationTimeout(f"not done after {self._operation_timeout_s:g} s")
+                waits = [
+                    f"rank {rank} ({handle})"
+                    for rank, (handle, task) in enumerate(zip(self.handles, tasks, strict=True))
+                    if task in unfinished
+                ]
+                raise OperationTimeout(f"{', '.join(waits)} not done after {self._operation_timeout_s:g} s")
             if unfinished:
                 await asyncio.wait(tasks, timeout=_EXPLANATION_S)
         finally:

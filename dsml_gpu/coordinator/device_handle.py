@@ -3,24 +3,23 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Iterable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Iterable, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from typing import Any, Protocol
 
 import grpc
 
-from dsml_gpu.errors import PeerUnavailable, ShuttingDown, Unavailable
+from dsml_gpu.errors import NoAnswer, OperationTimeout, PeerUnavailable, Unavailable
 from dsml_gpu.memory.arena import check_range
 from dsml_gpu.wire import gpu_sim_pb2 as pb
 from dsml_gpu.wire.codec import Chunk
 from dsml_gpu.wire.outgoing import OutgoingStream
 from dsml_gpu.wire.status import error_of
 from dsml_gpu.wire.stubs import COPY_SLICE_BYTES
+from dsml_gpu.wire.timeouts import in_time
 
 #: For control messages that do no work.
 CONTROL_TIMEOUT_S = 5.0
-#: A copy may take its control time and what it needs at this speed.
-_SLOWEST_COPY_BYTES_PER_S = 4 << 20
 
 
 class DeviceConnection(Protocol):
@@ -29,18 +28,23 @@ class DeviceConnection(Protocol):
     async def call(self, method: str, request: Any, timeout_s: float | None) -> Any:
         """One unary RPC of GPUDevice."""
 
-    async def write(self, chunks: AsyncIterator[Chunk], timeout_s: float) -> pb.StreamHostToDeviceResponse:
+    async def write(self, chunks: AsyncIterator[Chunk]) -> pb.StreamHostToDeviceResponse:
         """StreamHostToDevice; an exception of `chunks` ends it and is raised."""
 
-    def read(self, request: pb.StreamDeviceToHostRequest, timeout_s: float) -> AsyncIterator[Chunk]:
+    def read(self, request: pb.StreamDeviceToHostRequest) -> AsyncIterator[Chunk]:
         """StreamDeviceToHost."""
 
 
 class RemoteConnection:
-    """To a device server, by gRPC."""
+    """To a device server, by gRPC.
 
-    def __init__(self, stub: Any) -> None:
+    Args:
+        stall_timeout_s: a copy fails when the device neither takes nor gives anything for so long.
+    """
+
+    def __init__(self, stub: Any, stall_timeout_s: float) -> None:
         self._stub = stub
+        self._stall_timeout_s = stall_timeout_s
 
     async def call(self, method: str, request: Any, timeout_s: float | None) -> Any:
         try:
@@ -48,24 +52,33 @@ class RemoteConnection:
         except grpc.RpcError as failure:
             raise error_of(failure) from None
 
-    async def write(self, chunks: AsyncIterator[Chunk], timeout_s: float) -> pb.StreamHostToDeviceResponse:
-        stream = OutgoingStream(self._stub.StreamHostToDevice(timeout=timeout_s))
+    async def write(self, chunks: AsyncIterator[Chunk]) -> pb.StreamHostToDeviceResponse:
+        stream = OutgoingStream(self._stub.StreamHostToDevice())
         try:
             async for chunk in chunks:
-                await stream.write(chunk)
+                await self._in_time(stream.write(chunk))
             await stream.end()
-            response: pb.StreamHostToDeviceResponse = await stream.response()
+            response: pb.StreamHostToDeviceResponse = await self._in_time(stream.response())
         except BaseException:
             stream.cancel()
             raise
         return response
 
-    async def read(self, request: pb.StreamDeviceToHostRequest, timeout_s: float) -> AsyncIterator[Chunk]:
+    async def read(self, request: pb.StreamDeviceToHostRequest) -> AsyncIterator[Chunk]:
+        call = self._stub.StreamDeviceToHost(request)
         try:
-            async for chunk in self._stub.StreamDeviceToHost(request, timeout=timeout_s):
+            while (chunk := await self._in_time(call.read())) is not grpc.aio.EOF:
                 yield chunk
         except grpc.RpcError as failure:
             raise error_of(failure) from None
+        finally:
+            call.cancel()
+
+    async def _in_time(self, step: Awaitable[Any]) -> Any:
+        try:
+            return await in_time(step, self._stall_timeout_s, "the device")
+        except OperationTimeout as error:
+            raise NoAnswer(str(error)) from None
 
 
 class DeviceHandle:
@@ -133,7 +146,7 @@ class DeviceHandle:
                 yield chunk
 
         with self._named_errors():
-            return int((await self._connection.write(with_header(), _copy_timeout_s(nbytes))).numBytes)
+            return int((await self._connection.write(with_header())).numBytes)
 
     async def read(self, addr: int, nbytes: int) -> AsyncIterator[Chunk]:
         """Device to host, in pieces."""
@@ -141,7 +154,7 @@ class DeviceHandle:
             deviceId=self.metadata.deviceId, memAddr=pb.MemAddr(value=addr), numBytes=nbytes
         )
         with self._named_errors():
-            async for chunk in self._connection.read(request, _copy_timeout_s(nbytes)):
+            async for chunk in self._connection.read(request):
                 yield chunk
 
     def check(self, addr: int, nbytes: int) -> None:
@@ -153,16 +166,11 @@ class DeviceHandle:
         """Connection errors say which device they are about."""
         try:
             yield
-        except ShuttingDown:
-            raise
         except Unavailable as error:
             self.reachable = False
             raise PeerUnavailable(f"{self} does not answer: {error}") from None
-
-
-def _copy_timeout_s(nbytes: int) -> float:
-    """A copy of unknown size is given the time of the largest message."""
-    return CONTROL_TIMEOUT_S + (nbytes or 1 << 30) / _SLOWEST_COPY_BYTES_PER_S
+        except NoAnswer as error:
+            raise NoAnswer(f"{self} does not answer: {error}") from None
 
 
 def pieces(data: bytes) -> AsyncIterator[Chunk]:

@@ -74,8 +74,8 @@ class _LocalConnection:
     async def call(self, method: str, request: Any, timeout_s: float | None) -> Any:
         return await getattr(self._service, method)(request, None)
 
-    async def write(self, chunks: AsyncIterator[Chunk], timeout_s: float) -> pb.StreamHostToDeviceResponse:
+    async def write(self, chunks: AsyncIterator[Chunk]) -> pb.StreamHostToDeviceResponse:
         return await self._service.StreamHostToDevice(chunks, None)
 
-    def read(self, request: pb.StreamDeviceToHostRequest, timeout_s: float) -> AsyncIterator[Chunk]:
+    def read(self, request: pb.StreamDeviceToHostRequest) -> AsyncIterator[Chunk]:
         return self._service.StreamDeviceToHost(request, None)

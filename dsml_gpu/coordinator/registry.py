@@ -21,12 +21,21 @@ class DeviceRegistry:
         addresses: host:port of device servers, in the order in which communicators take them.
         embedded: makes devices of this process.
         permanent_embedded: so many exist from the start and stay; above that they come and go with communicators.
+        stall_timeout_s: a copy to or from a device server fails when nothing moves for so long.
     """
 
-    def __init__(self, addresses: Sequence[str], embedded: EmbeddedDevices, permanent_embedded: int = 0) -> None:
+    def __init__(
+        self,
+        addresses: Sequence[str],
+        embedded: EmbeddedDevices,
+        permanent_embedded: int = 0,
+        stall_timeout_s: float = 30.0,
+    ) -> None:
         self._channels = ChannelPool()
         self._embedded = embedded
-        self._remote = [DeviceHandle(RemoteConnection(self._channels.stub(address)), address) for address in addresses]
+        self._remote = [
+            DeviceHandle(RemoteConnection(self._channels.stub(address), stall_timeout_s), address) for address in addresses
+        ]
         self._local: list[DeviceHandle] = []
         for _ in range(permanent_embedded):
             self._local.append(embedded.create(self._ids(), permanent=True))

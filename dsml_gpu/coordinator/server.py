@@ -72,7 +72,7 @@ class CoordinatorServer:
         # Embedded devices are peers of others: they are reached at the coordinator's own address.
         devices = DeviceService(self.rpc.address, config.transfers)
         self._embedded = EmbeddedDevices(devices, config.embedded_limit, config.memory_bytes, config.backend)
-        self.registry = DeviceRegistry(config.devices, self._embedded, permanent_embedded=config.embedded or 0)
+        self.registry = DeviceRegistry(config.devices, self._embedded, config.embedded or 0, config.settings.stall_timeout_s)
         self._service = CoordinatorService(self.registry, config.settings)
         await self.registry.refresh()
         await self.rpc.start({"GPUCoordinator": self._service, "GPUDevice": devices})

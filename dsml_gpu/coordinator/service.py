@@ -12,11 +12,12 @@ from dsml_gpu.coordinator.communicator import Communicator
 from dsml_gpu.coordinator.device_handle import DeviceHandle, in_order, pieces
 from dsml_gpu.coordinator.plan import Collective
 from dsml_gpu.coordinator.registry import DeviceRegistry
-from dsml_gpu.errors import CommNotFound, InvalidValue, MissingField, RankMismatch
+from dsml_gpu.errors import CommNotFound, InvalidValue, MessageTooLarge, MissingField, RankMismatch
 from dsml_gpu.reduction import dtype_of, elements_in, operator_of
 from dsml_gpu.wire import gpu_sim_pb2 as pb
 from dsml_gpu.wire.codec import Chunk
 from dsml_gpu.wire.messages import require
+from dsml_gpu.wire.stubs import DEFAULT_MAX_MESSAGE_BYTES
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,11 +28,13 @@ class CoordinatorSettings:
         transport: number of ``enum Transport`` for communicators that ask for none.
         stall_timeout_s: a collective in which nothing moves for so long fails.
         operation_timeout_s: a group that takes longer fails, moving or not.
+        max_message_bytes: of an answer.
     """
 
     transport: int = pb.AUTO
     stall_timeout_s: float = 30.0
     operation_timeout_s: float = 600.0
+    max_message_bytes: int = DEFAULT_MAX_MESSAGE_BYTES
 
 
 class CoordinatorService:
@@ -173,6 +176,12 @@ class CoordinatorService:
             to_host = request.deviceToHost
             handle = self._device(to_host, "srcDeviceId")
             require(to_host, "srcMemAddr")
+            handle.check(to_host.srcMemAddr.value, to_host.numBytes)
+            if to_host.numBytes >= self._settings.max_message_bytes:
+                limit = self._settings.max_message_bytes
+                raise MessageTooLarge(
+                    f"{to_host.numBytes} bytes do not fit into a message of {limit}; StreamDeviceToHost has no limit"
+                )
             data = [chunk.data async for chunk in self._read(handle, to_host.srcMemAddr.value, to_host.numBytes)]
             return pb.MemcpyResponse(deviceToHost=pb.MemcpyDeviceToHostResponse(dstData=b"".join(data)))
         raise MissingField("MemcpyRequest needs one of hostToDevice and deviceToHost, and has neither")

@@ -63,7 +63,7 @@ class Refusal(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     OPERATION_TIMEOUT: _ClassVar[Refusal]
     OPERATION_ABORTED: _ClassVar[Refusal]
     STREAM_LENGTH: _ClassVar[Refusal]
-    SHUTTING_DOWN: _ClassVar[Refusal]
+    MESSAGE_TOO_LARGE: _ClassVar[Refusal]
 IN_PROGRESS: Status
 SUCCESS: Status
 FAILED: Status
@@ -107,7 +107,7 @@ PEER_UNAVAILABLE: Refusal
 OPERATION_TIMEOUT: Refusal
 OPERATION_ABORTED: Refusal
 STREAM_LENGTH: Refusal
-SHUTTING_DOWN: Refusal
+MESSAGE_TOO_LARGE: Refusal
 
 class DeviceId(_message.Message):
     __slots__ = ("value",)

@@ -6,7 +6,7 @@ from typing import Any, NoReturn
 
 import grpc
 
-from dsml_gpu.errors import DsmlError, OperationTimeout, error_from
+from dsml_gpu.errors import DsmlError, NoAnswer, error_from
 
 #: Trailing metadata key that carries the name of the refusal.
 REFUSAL_KEY = "dsml-refusal"
@@ -27,7 +27,7 @@ async def abort(context: grpc.aio.ServicerContext[Any, Any], error: DsmlError) -
 def error_of(failure: grpc.RpcError) -> DsmlError:
     """The exception that a failed call stands for."""
     if failure.code() is grpc.StatusCode.DEADLINE_EXCEEDED and refusal_of(failure) is None:
-        return OperationTimeout("no answer before the call's deadline")
+        return NoAnswer("no answer before the call's deadline")
     return error_from(failure.code().name, failure.details() or "", refusal_of(failure))
 
 

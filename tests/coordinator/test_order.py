@@ -10,7 +10,7 @@ from dsml_gpu.coordinator.device_handle import DeviceHandle, RemoteConnection, i
 
 
 def handles(count: int) -> list[DeviceHandle]:
-    return [DeviceHandle(RemoteConnection(None), f"host:{number}") for number in range(count)]
+    return [DeviceHandle(RemoteConnection(None, 1.0), f"host:{number}") for number in range(count)]
 
 
 class Log:
