@@ -125,7 +125,7 @@ def run(setup: Setup) -> None:
 
 
 def _run(setup: Setup, train_on: Examples, test_on: Examples) -> None:
-    console = Console()
+    console = Console(highlight=False)
     with Fleet(setup.nworkers) as fleet, connect(fleet.address) as client, client.communicator(setup.nworkers) as comm:
         console.print(f"{setup.nworkers} device servers run on this machine, and their coordinator at {fleet.address}")
         # Where nobody watches, a bar is only noise.

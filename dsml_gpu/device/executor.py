@@ -2,16 +2,18 @@
 
 For each chunk the program says in which order the rank reads it (a send) and writes it (a receive). A chunk is cut into
 slices, and the order is kept slice by slice, so a slice travels on while the next one is still on its way here. One
-coroutine per peer and direction follows that peer's moves in order; each slice counts the reads and writes done on it,
-and a move waits for the counts that the program's order demands. `schedules.verify` proved that these waits form no
-cycle.
+coroutine per sending peer follows what comes from there in order, and one outbox per receiving peer what goes there; each
+slice counts the reads and writes done on it, and a move waits for the counts that the program's order demands.
+`schedules.verify` proved that these waits form no cycle.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Coroutine, Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -56,15 +58,6 @@ class Links:
         for recv in self.recv.values():
             recv.abort(error)
 
-    async def finish(self) -> None:
-        """Ends all streams; returns when every peer has what this rank sent, and this rank what they sent."""
-        for send in self.send.values():
-            await send.end()
-        for recv in self.recv.values():
-            await recv.finish()
-        for send in self.send.values():
-            await send.delivered()
-
 
 class GroupExecution:
     """One rank's part of a group of operations, run one after the other over the same links.
@@ -96,10 +89,8 @@ class GroupExecution:
         """
         watch = StallWatch(self._stall_timeout_s, lambda: self._slices_moved)
         try:
-            for operation in operations:
-                await self._run_one(operation)
-            self._arena.backend.synchronize()
-            await self._links.finish()
+            drained = [link for link in self._links.send.values() if link.needs_drain]
+            await _all_or_none([self._run_all(operations), *(link.drain() for link in drained)])
         except asyncio.CancelledError:
             if not watch.stalled:
                 self._links.abort(OperationAborted("the operation was cancelled"))
@@ -114,32 +105,51 @@ class GroupExecution:
         finally:
             watch.stop()
 
+    async def _run_all(self, operations: Sequence[Operation]) -> None:
+        for operation in operations:
+            await self._run_one(operation)
+        self._arena.backend.synchronize()
+        for send in self._links.send.values():
+            send.end()
+        for recv in self._links.recv.values():
+            await recv.finish()
+        for send in self._links.send.values():
+            if not send.needs_drain:
+                await send.drain()
+
     async def _run_one(self, operation: Operation) -> None:
         chunks = _cut(operation, self._slice_bytes)
         flow = operation.dataflow
+        outboxes = [
+            _Outbox(self._links.send[peer], accesses, chunks, self._arena, self._count_sent)
+            for peer, accesses in flow.sends.items()
+        ]
+        for outbox in outboxes:
+            outbox.send_what_is_ready()
         await _all_or_none(
-            [self._send(self._links.send[peer], accesses, chunks) for peer, accesses in flow.sends.items()]
-            + [
-                self._receive(self._links.recv[peer], accesses, chunks, operation)
+            [
+                self._receive(self._links.recv[peer], accesses, chunks, operation, outboxes)
                 for peer, accesses in flow.receives.items()
             ]
         )
-        # A transport that lends memory may still hold slices of it: they are the peer's until it has read them.
+        # What is still being sent must not be overwritten by the next operation.
         for chunk, reads in zip(chunks, flow.reads, strict=True):
             for piece in chunk:
-                await piece.until(reads, 0)
+                if piece.reads < reads:
+                    await piece.until(reads, 0)
 
-    async def _send(self, link: SendLink, accesses: Sequence[Access], chunks: list[list[_Slice]]) -> None:
-        for access in accesses:
-            for piece in chunks[access.move.chunk]:
-                if piece.writes < access.writes_before:
-                    await piece.until(0, access.writes_before)
-                await link.send(self._arena.view(piece.addr, piece.nbytes), piece.count_read)
-                self.bytes_sent += piece.nbytes
-                self._slices_moved += 1
+    def _count_sent(self, piece: _Slice) -> None:
+        self.bytes_sent += piece.nbytes
+        self._slices_moved += 1
+        piece.count_read()
 
     async def _receive(
-        self, link: RecvLink, accesses: Sequence[Access], chunks: list[list[_Slice]], operation: Operation
+        self,
+        link: RecvLink,
+        accesses: Sequence[Access],
+        chunks: list[list[_Slice]],
+        operation: Operation,
+        outboxes: list[_Outbox],
     ) -> None:
         source = f"rank {accesses[0].move.peer}"
         for access in accesses:
@@ -156,6 +166,8 @@ class GroupExecution:
                 link.release()
                 piece.count_write()
                 self._slices_moved += 1
+                for outbox in outboxes:
+                    outbox.send_what_is_ready()
         del self._waiting[source]
 
     def _apply(self, kind: Kind, piece: _Slice, data: Any, operation: Operation) -> None:
@@ -174,6 +186,29 @@ class GroupExecution:
         accumulator = backend.to_host(target)
         reduce_into(np, operator, accumulator.view(dtype), backend.to_host(data).view(dtype), divisor)
         target[...] = backend.from_host(accumulator)
+
+
+class _Outbox:
+    """What one operation sends to one peer, slice by slice in the order of the program, each as soon as it is ready."""
+
+    def __init__(
+        self,
+        link: SendLink,
+        accesses: Sequence[Access],
+        chunks: list[list[_Slice]],
+        arena: Arena,
+        on_sent: Callable[[_Slice], None],
+    ) -> None:
+        self._link = link
+        self._arena = arena
+        self._on_sent = on_sent
+        self._waiting = deque((piece, access.writes_before) for access in accesses for piece in chunks[access.move.chunk])
+
+    def send_what_is_ready(self) -> None:
+        waiting = self._waiting
+        while waiting and waiting[0][0].writes >= waiting[0][1]:
+            piece, _ = waiting.popleft()
+            self._link.send(self._arena.view(piece.addr, piece.nbytes), partial(self._on_sent, piece))
 
 
 class _Slice:
@@ -225,7 +260,10 @@ def _cut(operation: Operation, slice_bytes: int) -> list[list[_Slice]]:
 
 async def _all_or_none(work: list[Coroutine[Any, Any, None]]) -> None:
     """Runs coroutines side by side; when one fails the others are cancelled and its exception is raised."""
-    tasks = [asyncio.ensure_future(coroutine) for coroutine in work]
+    if len(work) == 1:  # no other that could fail; a task of its own would only cost time
+        return await work[0]
+    loop = asyncio.get_running_loop()
+    tasks = [loop.create_task(coroutine) for coroutine in work]
     try:
         await asyncio.gather(*tasks)
     finally:

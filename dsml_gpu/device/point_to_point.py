@@ -10,12 +10,12 @@ from enum import IntEnum
 from typing import Any
 
 from dsml_gpu.device.device import Device, Peer
-from dsml_gpu.errors import DsmlError, OperationAborted, StreamInUse, StreamLength, StreamNotFound
+from dsml_gpu.errors import DsmlError, OperationAborted, OperationTimeout, StreamInUse, StreamLength, StreamNotFound
 from dsml_gpu.transport.grpc import ChannelPool, GrpcSendLink, early_end
 from dsml_gpu.transport.incoming import Incoming, IncomingTable
 from dsml_gpu.transport.link import new_stream_id
 from dsml_gpu.wire.stubs import COPY_SLICE_BYTES
-from dsml_gpu.wire.timeouts import in_time
+from dsml_gpu.wire.timeouts import StallWatch, in_time
 
 #: Ended streams whose status is remembered.
 _MAX_ENDED = 1 << 16
@@ -125,17 +125,25 @@ class PointToPoint:
             self._receiving.discard(stream_id)
 
     async def _send(self, device: Device, addr: int, nbytes: int, link: GrpcSendLink) -> None:
-        # Every wait inside is for flow control or for the answer; one deadline for each keeps a slow peer from counting
-        # as a dead one.
+        sent = 0
+
+        def on_sent() -> None:
+            nonlocal sent
+            sent += 1
+
+        for start in range(0, nbytes, COPY_SLICE_BYTES):
+            link.send(device.arena.view(addr + start, min(COPY_SLICE_BYTES, nbytes - start)), on_sent)
+        link.end()
+        watch = StallWatch(self._stall_timeout_s, lambda: sent)
         try:
-            for start in range(0, nbytes, COPY_SLICE_BYTES):
-                data = device.arena.view(addr + start, min(COPY_SLICE_BYTES, nbytes - start))
-                await in_time(link.send(data, lambda: None), self._stall_timeout_s, "room at the receiver")
-            await in_time(link.end(), self._stall_timeout_s, "room at the receiver")
-            await in_time(link.delivered(), self._stall_timeout_s, "the receiver's answer")
+            await link.drain()
         except BaseException:
             link.abort(OperationAborted("the sender gave up"))
+            if watch.stalled:
+                raise OperationTimeout(f"the receiver took nothing for {self._stall_timeout_s:g} s") from None
             raise
+        finally:
+            watch.stop()
 
     async def _receive(self, device: Device, addr: int, nbytes: int, stream: Incoming) -> None:
         try:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Callable
 from typing import Any
 
 import grpc
@@ -12,6 +12,7 @@ import numpy as np
 from dsml_gpu.errors import AmbiguousStream, DsmlError, OperationAborted, PeerUnavailable, StreamLength
 from dsml_gpu.memory.backend import Backend, DeviceNDArray
 from dsml_gpu.transport.incoming import Incoming, IncomingTable
+from dsml_gpu.transport.queue import ClosableQueue
 from dsml_gpu.wire import gpu_sim_pb2 as pb
 from dsml_gpu.wire.codec import Chunk
 from dsml_gpu.wire.outgoing import OutgoingStream
@@ -43,6 +44,10 @@ class ChannelPool:
             await channel.close()
 
 
+class _EndedEarlyError(DsmlError):
+    """The call of a link has ended while the link waited for slices; the call knows why."""
+
+
 class GrpcSendLink:
     """See `link.SendLink`.
 
@@ -53,35 +58,51 @@ class GrpcSendLink:
         peer: who the peer is, for error messages.
     """
 
+    needs_drain = True
+
     def __init__(self, stub: Any, stream_id: int, backend: Backend, peer: str) -> None:
         self._stream = OutgoingStream(stub.StreamSend())
         self._backend = backend
         self._peer = peer
-        self._header: pb.DataChunk | None = pb.DataChunk(streamId=stream_id)
+        self._header = pb.DataChunk(streamId=stream_id)
+        self._slices: ClosableQueue[tuple[DeviceNDArray, Callable[[], None]] | None] = ClosableQueue()
+        # A sender that has nothing to send at the moment hears of the end as well.
+        self._stream.on_end(lambda: self._slices.close(_EndedEarlyError()))
 
-    async def send(self, data: DeviceNDArray, on_sent: Callable[[], None]) -> None:
-        header, self._header = self._header, None
-        await self._named(self._stream.write(Chunk(self._backend.to_host(data), header)))
-        on_sent()
+    def send(self, data: DeviceNDArray, on_sent: Callable[[], None]) -> None:
+        self._slices.put_nowait((data, on_sent))
 
-    async def end(self) -> None:
-        if self._header is not None:
-            await self._named(self._stream.write(Chunk(b"", self._header)))
-        await self._named(self._stream.end())
+    def end(self) -> None:
+        self._slices.put_nowait(None)
 
-    async def delivered(self) -> None:
-        await self._named(self._stream.response())
+    async def drain(self) -> None:
+        try:
+            await self._drain()
+        except _EndedEarlyError:
+            raise self._named_error(await self._stream.why_ended()) from None
+        except DsmlError as error:
+            raise self._named_error(error) from None
+
+    async def _drain(self) -> None:
+        header: pb.DataChunk | None = self._header
+        while (item := await self._slices.get()) is not None:
+            data, on_sent = item
+            await self._stream.write(Chunk(self._backend.to_host(data), header))
+            on_sent()
+            header = None
+        if header is not None:
+            await self._stream.write(Chunk(b"", header))
+        await self._stream.end()
+        await self._stream.response()
 
     def abort(self, error: DsmlError) -> None:
+        self._slices.close(error)
         self._stream.cancel()
 
-    async def _named(self, step: Awaitable[object]) -> None:
-        try:
-            await step
-        except DsmlError as error:
-            if error.code == "UNAVAILABLE":
-                raise PeerUnavailable(f"{self._peer} is gone: {error}") from None
-            raise OperationAborted(f"{self._peer} gave up: {error}") from None
+    def _named_error(self, error: DsmlError) -> DsmlError:
+        if error.code == "UNAVAILABLE":
+            return PeerUnavailable(f"{self._peer} is gone: {error}")
+        return OperationAborted(f"{self._peer} gave up: {error}")
 
 
 class GrpcRecvLink:
@@ -146,14 +167,12 @@ async def serve_stream_send(table: IncomingTable, chunks: AsyncIterator[Chunk]) 
     if first is None:
         raise AmbiguousStream("StreamSend ended before its first message")
     incoming = table.offer(first.header.streamId if first.header is not None else 0)
+    # A task of its own: the receiver may give up while nothing comes.
+    passing_on = asyncio.ensure_future(_pass_on(first, chunks, incoming))
     try:
-        chunk: Chunk | None = first
-        while chunk is not None:
-            message = memoryview(chunk.data)
-            if message.nbytes:
-                await incoming.messages.put(message)
-            chunk = await anext(chunks, None)
-        await incoming.messages.put(None)
+        await asyncio.wait([passing_on, incoming.ended], return_when=asyncio.FIRST_COMPLETED)
+        if passing_on.done():
+            passing_on.result()
         await asyncio.shield(incoming.ended)
     except asyncio.CancelledError:
         # The peer has given up or is gone; those who talk to it themselves can tell which.
@@ -162,3 +181,16 @@ async def serve_stream_send(table: IncomingTable, chunks: AsyncIterator[Chunk]) 
     except DsmlError as error:
         incoming.fail(error)
         raise
+    finally:
+        passing_on.cancel()
+        await asyncio.gather(passing_on, return_exceptions=True)
+
+
+async def _pass_on(first: Chunk, chunks: AsyncIterator[Chunk], incoming: Incoming) -> None:
+    chunk: Chunk | None = first
+    while chunk is not None:
+        message = memoryview(chunk.data)
+        if message.nbytes:
+            await incoming.messages.put(message)
+        chunk = await anext(chunks, None)
+    await incoming.messages.put(None)

@@ -1,7 +1,7 @@
 """The interface of a transport: a one-way, ordered stream of slices from one rank to another.
 
 Both ends know from the schedule which slices come in which order and how long each is, so slices carry no headers.
-Links live in one event loop and end by `end`, `finish` and `delivered` (all is well) or `abort` (with the reason).
+Links live in one event loop and end by `end` and `finish` (all is well) or `abort` (with the reason).
 """
 
 from __future__ import annotations
@@ -20,25 +20,35 @@ def new_stream_id() -> int:
 
 
 class SendLink(Protocol):
-    """The sending end."""
+    """The sending end.
 
-    async def send(self, data: DeviceNDArray, on_sent: Callable[[], None]) -> None:
-        """Sends one slice; may return before it has left.
+    Attributes:
+        needs_drain: slices move only while `drain` runs; otherwise the other end fetches them by itself.
+    """
+
+    needs_drain: bool
+
+    def send(self, data: DeviceNDArray, on_sent: Callable[[], None]) -> None:
+        """Queues one slice, which stays where it is until it leaves. Never waits.
 
         Args:
             data: uint8 array in device memory; must not change before `on_sent` is called.
             on_sent: called once, when the slice has been read.
 
         Raises:
+            DsmlError: the stream has ended; as `drain`.
+        """
+
+    def end(self) -> None:
+        """Says that no slice follows."""
+
+    async def drain(self) -> None:
+        """Carries the slices to the other end; returns when, after `end`, it has taken all. Called once.
+
+        Raises:
             PeerUnavailable: the connection broke.
             OperationAborted: the other end gave up.
         """
-
-    async def end(self) -> None:
-        """Says that no slice follows. Raises as `send`."""
-
-    async def delivered(self) -> None:
-        """After `end`: returns when the other end has taken everything. Raises as `send`."""
 
     def abort(self, error: DsmlError) -> None:
         """Gives up; the other end's calls raise."""

@@ -49,6 +49,12 @@ class ClosableQueue(Generic[T]):
         self._wake()
         return item
 
+    def peek(self) -> T | None:
+        """The oldest item, which stays; None where there is none. Raises the error of `close`."""
+        if self._error is not None:
+            raise self._error
+        return self._items[0] if self._items else None
+
     def close(self, error: DsmlError) -> None:
         """From now on both ends raise `error`; the first close counts. Items that were not taken are dropped."""
         if self._error is None:

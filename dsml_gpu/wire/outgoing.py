@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from typing import Any
 
 import grpc
@@ -40,6 +41,10 @@ class OutgoingStream:
         """Waits for the answer."""
         return await self._guard(self._call)
 
+    def on_end(self, callback: Callable[[], None]) -> None:
+        """Calls `callback` when the call has ended, well or not."""
+        self._call.add_done_callback(lambda _: callback())
+
     def cancel(self) -> None:
         """Ends the call. Idempotent."""
         self._call.cancel()
@@ -48,7 +53,7 @@ class OutgoingStream:
         try:
             return await step
         except asyncio.InvalidStateError:  # the call had ended before this step
-            raise await self._reason() from None
+            raise await self.why_ended() from None
         except grpc.RpcError as failure:
             raise _error(failure) from None
         except asyncio.CancelledError:
@@ -57,7 +62,8 @@ class OutgoingStream:
                 raise OperationAborted("the other side cancelled the stream") from None
             raise
 
-    async def _reason(self) -> DsmlError:
+    async def why_ended(self) -> DsmlError:
+        """For a call that has ended before its time: the error that stands for its status."""
         try:
             await self._call
         except grpc.RpcError as failure:
