@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import typer
 
-from dsml_gpu.cli.fleet import Fleet
+from dsml_gpu.cli.fleet import Fleet, ServerDidNotStart
 from dsml_gpu.cli.measure import algbw_gb_s, busbw_gb_s, count_wrong, expected, inputs, time_interleaved
 from dsml_gpu.cli.serve import fail
 from dsml_gpu.cli.units import parse_size
@@ -148,7 +148,7 @@ def run(setup: Setup, json_file: Path | None, plot_file: Path | None) -> None:
             json_file.write_text(as_json(rows), encoding="utf-8")
         if plot_file is not None:
             plot(rows, plot_file)
-    except (DsmlError, OSError, RuntimeError) as error:
+    except (DsmlError, OSError, ServerDidNotStart) as error:
         fail(str(error))
     if any(row.wrong for row in rows):
         raise typer.Exit(1)
@@ -162,7 +162,7 @@ def measure(setup: Setup) -> Iterator[Row]:
 
     Raises:
         DsmlError: a server refused or failed.
-        RuntimeError: a server did not start.
+        ServerDidNotStart: a server did not start.
     """
     with _client(setup) as client, client.communicator(setup.devices, transport=setup.transport) as comm:
         for size in setup.sizes:

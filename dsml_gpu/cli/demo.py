@@ -15,7 +15,7 @@ from rich.table import Table
 
 from dsml_gpu.cli import digits
 from dsml_gpu.cli.digits import Examples, Replica
-from dsml_gpu.cli.fleet import Fleet
+from dsml_gpu.cli.fleet import Fleet, ServerDidNotStart
 from dsml_gpu.cli.measure import time_interleaved
 from dsml_gpu.cli.serve import fail
 from dsml_gpu.client import Communicator, DeviceArray, connect
@@ -120,7 +120,7 @@ def run(setup: Setup) -> None:
         fail(f"the demo trains on digits of scikit-learn ({error}); pip install 'dsml_gpu[demo]'")
     try:
         _run(setup, *examples)
-    except (DemoFailed, DsmlError, RuntimeError) as error:
+    except (DemoFailed, DsmlError, ServerDidNotStart) as error:
         fail(str(error))
 
 

@@ -12,28 +12,51 @@ from types import TracebackType
 _STOP_TIMEOUT_S = 15.0
 
 
+class ServerDidNotStart(RuntimeError):
+    """A server process ended before it was ready; its error output went to ours."""
+
+
 class ServerProcess:
-    """One ``dsml-gpu`` server, started with ``--port 0`` and ready when the constructor returns.
+    """One ``dsml-gpu`` server, started with ``--port 0``.
 
     It stops with `stop`, with its ``with`` block, and with the process that started it, however that one ends.
 
+    Args:
+        arguments: of the command, for example ``"device", "--id", "1"``.
+        wait: return when it is ready; otherwise at once, and `wait_until_ready` must be called.
+
     Attributes:
-        address: host:port it listens on.
         process: the process.
+        address: host:port it listens on, once it is ready.
+        ready_line: what it said then.
 
     Raises:
-        RuntimeError: it did not start; its error output went to ours.
+        ServerDidNotStart: it ended before it was ready.
     """
 
-    def __init__(self, *arguments: str) -> None:
-        command = [sys.executable, "-m", "dsml_gpu", *arguments, "--port", "0", "--until-stdin-closes"]
-        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    address: str
+    ready_line: str
+
+    def __init__(self, *arguments: str, wait: bool = True) -> None:
+        self._arguments = arguments
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "dsml_gpu", *arguments, "--port", "0", "--until-stdin-closes"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            start_new_session=True,  # Ctrl-C is for the one who started it, who then ends it in order
+        )
+        if wait:
+            self.wait_until_ready()
+
+    def wait_until_ready(self) -> None:
+        """Returns when the server listens. Raises ServerDidNotStart."""
         assert self.process.stdout is not None
         self.ready_line = self.process.stdout.readline()
         match = re.search(r"listening on (\S+)", self.ready_line)
         if match is None:
-            self.stop()
-            raise RuntimeError(f"{' '.join(arguments)} did not start; it ended with status {self.process.returncode}")
+            status = self.stop()
+            raise ServerDidNotStart(f"dsml-gpu {' '.join(self._arguments)} did not start; it ended with status {status}")
         self.address = match[1]
 
     def stop(self) -> int:
@@ -67,15 +90,20 @@ class Fleet:
     Attributes:
         address: host:port of the coordinator.
         devices, coordinator: the processes.
+
+    Raises:
+        ServerDidNotStart: one of them ended before it was ready.
     """
 
     def __init__(self, ndevices: int, device_options: Sequence[str] = (), coordinator_options: Sequence[str] = ()) -> None:
         self._processes = contextlib.ExitStack()
         try:
             self.devices = [
-                self._processes.enter_context(ServerProcess("device", "--id", str(number), *device_options))
+                self._processes.enter_context(ServerProcess("device", "--id", str(number), *device_options, wait=False))
                 for number in range(1, ndevices + 1)
             ]
+            for device in self.devices:
+                device.wait_until_ready()
             addresses = [option for device in self.devices for option in ("--device", device.address)]
             self.coordinator = self._processes.enter_context(ServerProcess("coordinator", *addresses, *coordinator_options))
         except BaseException:
