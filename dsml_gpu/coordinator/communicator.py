@@ -55,6 +55,7 @@ class Communicator:
         self._operation_timeout_s = operation_timeout_s
         self._group: list[Collective] | None = None
         self._finalized = False
+        self._planned: set[str] = set()
         self._running: set[asyncio.Task[Any]] = set()
         self._last_status: pb.Status = pb.IN_PROGRESS
         self._last_message = ""
@@ -133,6 +134,10 @@ class Communicator:
         Returns:
             What it did; None when queued.
         """
+        if collective.algorithm not in self._planned:
+            # In a thread: with many ranks it takes seconds, and others are to be served meanwhile.
+            await asyncio.to_thread(plan.plan_of, collective.algorithm, self.nranks)
+            self._planned.add(collective.algorithm)
         self._require_open()
         for handle, addr in zip(self.handles, collective.addrs, strict=True):
             handle.check(addr, collective.count)
@@ -147,6 +152,12 @@ class Communicator:
         self._group = None
         if self._running:
             await asyncio.wait(list(self._running))
+
+    async def drain(self, drain_s: float) -> None:
+        """Waits for running collectives and cancels what is not done after `drain_s`."""
+        if self._running:
+            _, late = await asyncio.wait(list(self._running), timeout=drain_s)
+            await _cancel(list(late))
 
     def _require_open(self) -> None:
         if self._finalized:
@@ -222,7 +233,7 @@ class Communicator:
 
     def _transports(self, collectives: list[Collective]) -> list[int]:
         devices = [handle.metadata for handle in self.handles]
-        pairs = {pair for collective in collectives for pair in plan.pairs_of(collective.algorithm, self.nranks)}
+        pairs = {pair for collective in collectives for pair in plan.plan_of(collective.algorithm, self.nranks).pairs}
         used = {plan.choose_transport(devices[src], devices[dst], self._forced_transport) for src, dst in pairs}
         return sorted(used)
 

@@ -112,7 +112,7 @@ class DeviceHandle:
     async def refresh(self) -> None:
         """Asks the device who it is. Raises PeerUnavailable where it does not answer."""
         self.reachable = False
-        response = await self.call("GetDeviceMetadata", pb.GetDeviceMetadataRequest(deviceId=self.device_id * self.embedded))
+        response = await self.call("GetDeviceMetadata", pb.GetDeviceMetadataRequest())
         self.metadata.CopyFrom(response.metadata)
         # The address that others reach it by is the one that reached it, not what it believes of itself.
         self.metadata.address = self.address

@@ -7,9 +7,12 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from dsml_gpu.errors import InvalidValue
-from dsml_gpu.schedules import ALL_REDUCE, Kind, Schedule, program_for
+from dsml_gpu.schedules import ALL_REDUCE, Kind, programs_of
 from dsml_gpu.transport.link import new_stream_id
 from dsml_gpu.wire import gpu_sim_pb2 as pb
+
+#: Proving a schedule takes time and memory with the square of its ranks; on 256 it is seconds, once.
+MAX_RANKS = 256
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,10 +32,6 @@ class Collective:
     count: int
     dtype: int
     op: int
-
-    @property
-    def schedule(self) -> Schedule:
-        return ALL_REDUCE[self.algorithm](len(self.addrs))
 
     def __str__(self) -> str:
         return f"{self.name} ({self.algorithm}, {self.count} bytes, {len(self.addrs)} ranks)"
@@ -75,7 +74,8 @@ def execute_requests(
 ) -> list[pb.ExecuteRequest]:
     """One request for each rank that together run the collectives, one after the other, over one stream per pair."""
     algorithms = list(dict.fromkeys(collective.algorithm for collective in collectives))
-    pairs = dict.fromkeys(pair for collective in collectives for pair in pairs_of(collective.algorithm, len(device_ids)))
+    plans = [plan_of(algorithm, len(device_ids)) for algorithm in algorithms]
+    pairs = dict.fromkeys(pair for plan in plans for pair in plan.pairs)
     streams = {pair: new_stream_id() for pair in pairs}
     requests = []
     for rank, device_id in enumerate(device_ids):
@@ -85,7 +85,7 @@ def execute_requests(
             pb.ExecuteRequest(
                 commId=comm_id,
                 deviceId=device_id,
-                programs=[_wire_program(algorithm, len(device_ids), rank) for algorithm in algorithms],
+                programs=[plan.programs[rank] for plan in plans],
                 operations=[
                     pb.Operation(
                         memAddr=collective.addrs[rank],
@@ -106,23 +106,35 @@ def execute_requests(
     return requests
 
 
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """An algorithm for a number of ranks, as it is shipped.
+
+    Attributes:
+        programs: of each rank.
+        pairs: (src, dst) of ranks between which data moves.
+    """
+
+    programs: tuple[pb.Program, ...]
+    pairs: tuple[tuple[int, int], ...]
+
+
 @lru_cache(maxsize=64)
-def pairs_of(algorithm: str, nranks: int) -> tuple[tuple[int, int], ...]:
-    """Pairs (src, dst) of ranks between which an algorithm moves data."""
-    steps = ALL_REDUCE[algorithm](nranks).steps
-    return tuple(dict.fromkeys((transfer.src, transfer.dst) for step in steps for transfer in step))
-
-
-@lru_cache(maxsize=1024)
-def _wire_program(algorithm: str, nranks: int, rank: int) -> pb.Program:
-    program = program_for(ALL_REDUCE[algorithm](nranks), rank)
-    return pb.Program(
-        nchunks=program.nchunks,
-        steps=[
-            pb.Step(moves=[pb.Move(kind=_WIRE_KIND[move.kind], peer=move.peer, chunk=move.chunk) for move in step])
-            for step in program.steps
-        ],
+def plan_of(algorithm: str, nranks: int) -> Plan:
+    """The plan of an all-reduce. Takes seconds the first time on hundreds of ranks, then nothing."""
+    schedule = ALL_REDUCE[algorithm](nranks)
+    programs = tuple(
+        pb.Program(
+            nchunks=program.nchunks,
+            steps=[
+                pb.Step(moves=[pb.Move(kind=_WIRE_KIND[move.kind], peer=move.peer, chunk=move.chunk) for move in step])
+                for step in program.steps
+            ],
+        )
+        for program in programs_of(schedule)
     )
+    pairs = dict.fromkeys((transfer.src, transfer.dst) for step in schedule.steps for transfer in step)
+    return Plan(programs, tuple(pairs))
 
 
 _WIRE_KIND = {kind: pb.Move.Kind.Name(kind.value) for kind in Kind}

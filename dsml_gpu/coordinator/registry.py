@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 from dsml_gpu.coordinator.device_handle import DeviceHandle, RemoteConnection
 from dsml_gpu.coordinator.embedded import EmbeddedDevices
+from dsml_gpu.coordinator.plan import MAX_RANKS
 from dsml_gpu.errors import DeviceNotFound, DsmlError, InvalidValue, OutOfDevices, PeerUnavailable
 from dsml_gpu.transport.grpc import ChannelPool
 
@@ -83,7 +84,7 @@ class DeviceRegistry:
         """`count` devices that no communicator uses, for `comm_id`: configured ones first, then embedded ones.
 
         Raises:
-            OutOfDevices: there are not so many, and no more can be embedded.
+            OutOfDevices: there are not so many and no more can be embedded, or it is more than `MAX_RANKS`.
             PeerUnavailable: there would be, if all configured devices answered.
         """
         await self.refresh()
@@ -98,6 +99,7 @@ class DeviceRegistry:
             if len(silent) >= missing - room:
                 raise PeerUnavailable(f"{message}, and these do not answer: {', '.join(silent)}")
             raise OutOfDevices(f"{message}; destroy a communicator, or name the devices to share them")
+        _check_size(count)
         for _ in range(missing):
             handle = self._embedded.create(self._ids(), permanent=False)
             self._local.append(handle)
@@ -114,6 +116,7 @@ class DeviceRegistry:
         """
         if len(set(device_ids)) != len(device_ids):
             raise InvalidValue(f"device ids must differ, got {list(device_ids)}")
+        _check_size(len(device_ids))
         await self.refresh()
         handles = [self.device(device_id) for device_id in device_ids]
         for handle in handles:
@@ -138,6 +141,11 @@ class DeviceRegistry:
         for handle in handles:
             handle.comm_ids.add(comm_id)
         return handles
+
+
+def _check_size(nranks: int) -> None:
+    if nranks > MAX_RANKS:
+        raise OutOfDevices(f"a communicator has at most {MAX_RANKS} ranks, {nranks} were asked for")
 
 
 def _id_list(ids: set[int]) -> str:

@@ -80,6 +80,6 @@ class CoordinatorServer:
     async def stop(self, drain_s: float = 10.0) -> None:
         """Drains, takes leave of all devices, and stops."""
         await self.rpc.stop(drain_s)
-        await self._service.close()
+        await self._service.close(drain_s)
         await self.registry.close()
         await self._embedded.close()

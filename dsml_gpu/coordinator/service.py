@@ -47,9 +47,11 @@ class CoordinatorService:
         # Devices are chosen after a round of questions to their servers; nobody else may choose meanwhile.
         self._choosing = asyncio.Lock()
 
-    async def close(self) -> None:
-        """Waits for running collectives and takes leave of all devices."""
-        await asyncio.gather(*(self._destroy(comm) for comm in list(self._comms.values())))
+    async def close(self, drain_s: float) -> None:
+        """Waits for running collectives, cancels what is not done after `drain_s`, and takes leave of all devices."""
+        comms = list(self._comms.values())
+        await asyncio.gather(*(comm.drain(drain_s) for comm in comms))
+        await asyncio.gather(*(self._destroy(comm) for comm in comms))
 
     def _comm(self, comm_id: int) -> Communicator:
         comm = self._comms.get(comm_id)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from dataclasses import dataclass
 from enum import IntEnum
 from functools import lru_cache
 
 from dsml_gpu.schedules.schedule import Schedule
-from dsml_gpu.schedules.verify import POSTCONDITIONS, run_symbolically
+from dsml_gpu.schedules.verify import POSTCONDITIONS, initial_contributions, run_symbolically
 
 
 class Kind(IntEnum):
@@ -50,24 +51,23 @@ class Program:
 @lru_cache(maxsize=256)
 def programs_of(schedule: Schedule) -> tuple[Program, ...]:
     """The programs of all ranks, in the order of ranks."""
-    history = run_symbolically(schedule)
+    held = initial_contributions(schedule)
     promised = POSTCONDITIONS[schedule.collective]
     steps: list[list[tuple[Move, ...]]] = [[] for _ in range(schedule.nranks)]
-    for number, step in enumerate(schedule.steps):
-        moves: list[list[Move]] = [[] for _ in range(schedule.nranks)]
+    for step in run_symbolically(schedule, held):
+        moves: dict[int, list[Move]] = defaultdict(list)
         last_write = {(transfer.dst, transfer.chunk): transfer for transfer in step}
         for transfer in step:
             moves[transfer.src].append(Move(Kind.SEND, transfer.dst, transfer.chunk))
         for transfer in step:
             target = (transfer.dst, transfer.chunk)
-            complete = history[number + 1][transfer.dst][transfer.chunk] == promised(schedule.nranks, *target)
+            complete = held[transfer.dst][transfer.chunk] == promised(schedule.nranks, *target)
             kind = Kind.COPY
             if transfer.reduce:
                 kind = Kind.REDUCE_LAST if complete and last_write[target] is transfer else Kind.REDUCE
             moves[transfer.dst].append(Move(kind, transfer.src, transfer.chunk))
-        for rank in range(schedule.nranks):
-            if moves[rank]:
-                steps[rank].append(tuple(moves[rank]))
+        for rank, rank_moves in moves.items():
+            steps[rank].append(tuple(rank_moves))
     return tuple(Program(schedule.nchunks, tuple(rank_steps)) for rank_steps in steps)
 
 

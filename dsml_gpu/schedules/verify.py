@@ -12,7 +12,7 @@ Three conditions, checked in this order:
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -38,7 +38,9 @@ def verify(schedule: Schedule) -> None:
         raise InvalidSchedule(f"at least 1 rank and 1 chunk are needed, not {schedule.nranks} and {schedule.nchunks}")
     if schedule.collective not in POSTCONDITIONS:
         raise InvalidSchedule(f"unknown collective {schedule.collective!r}; known: {', '.join(POSTCONDITIONS)}")
-    held = run_symbolically(schedule)[-1]
+    held = initial_contributions(schedule)
+    for _ in run_symbolically(schedule, held):
+        pass
     promised = POSTCONDITIONS[schedule.collective]
     for rank in range(schedule.nranks):
         for chunk in range(schedule.nchunks):
@@ -51,43 +53,56 @@ def verify(schedule: Schedule) -> None:
     _check_progress(schedule)
 
 
-def run_symbolically(schedule: Schedule) -> list[list[list[Contributions]]]:
-    """What every rank holds in every chunk before the first step and after each: ``[step][rank][chunk]``.
+def initial_contributions(schedule: Schedule) -> list[list[Contributions]]:
+    """What every rank holds in every chunk before the first step, ``[rank][chunk]``: its own."""
+    return [[1 << rank] * schedule.nchunks for rank in range(schedule.nranks)]
+
+
+def run_symbolically(schedule: Schedule, held: list[list[Contributions]]) -> Iterator[tuple[Transfer, ...]]:
+    """Runs the schedule on `held`, in place; gives each step when it has been run.
 
     Raises:
         InvalidSchedule: a transfer is malformed or would reduce a contribution twice.
     """
-    held = [[1 << rank] * schedule.nchunks for rank in range(schedule.nranks)]
-    history = [held]
     for number, step in enumerate(schedule.steps):
-        before, held = held, [list(chunks) for chunks in held]
-        written: dict[tuple[int, int], bool] = {}
         for transfer in step:
-            where = f"{schedule.algorithm}, step {number}, {transfer}"
-            _check_form(schedule, transfer, where)
+            _check_form(schedule, number, transfer)
+        incoming = [held[transfer.src][transfer.chunk] for transfer in step]  # as it was before the step
+        written: dict[tuple[int, int], bool] = {}
+        for transfer, contributions in zip(step, incoming, strict=True):
             target = (transfer.dst, transfer.chunk)
             if target in written and not (transfer.reduce and written[target]):
-                raise InvalidSchedule(f"{where}: another transfer of the same step writes this chunk of rank {transfer.dst}")
+                raise InvalidSchedule(
+                    f"{_where(schedule, number, transfer)}: another transfer of the same step writes this chunk of rank "
+                    f"{transfer.dst}"
+                )
             written[target] = transfer.reduce
-            incoming = before[transfer.src][transfer.chunk]
             if transfer.reduce:
-                twice = incoming & held[transfer.dst][transfer.chunk]
-                if twice:
-                    raise InvalidSchedule(f"{where}: the contributions of {_ranks(twice)} would be reduced twice")
-                incoming |= held[transfer.dst][transfer.chunk]
-            held[transfer.dst][transfer.chunk] = incoming
-        history.append(held)
-    return history
+                already = held[transfer.dst][transfer.chunk]
+                if contributions & already:
+                    raise InvalidSchedule(
+                        f"{_where(schedule, number, transfer)}: the contributions of {_ranks(contributions & already)} "
+                        f"would be reduced twice"
+                    )
+                contributions |= already
+            held[transfer.dst][transfer.chunk] = contributions
+        yield step
 
 
-def _check_form(schedule: Schedule, transfer: Transfer, where: str) -> None:
+def _where(schedule: Schedule, step: int, transfer: Transfer) -> str:
+    return f"{schedule.algorithm}, step {step}, {transfer}"
+
+
+def _check_form(schedule: Schedule, step: int, transfer: Transfer) -> None:
     for name, rank in (("src", transfer.src), ("dst", transfer.dst)):
         if not 0 <= rank < schedule.nranks:
-            raise InvalidSchedule(f"{where}: {name} {rank} is not one of {schedule.nranks} ranks")
+            raise InvalidSchedule(f"{_where(schedule, step, transfer)}: {name} {rank} is not one of {schedule.nranks} ranks")
     if not 0 <= transfer.chunk < schedule.nchunks:
-        raise InvalidSchedule(f"{where}: chunk {transfer.chunk} is not one of {schedule.nchunks} chunks")
+        raise InvalidSchedule(
+            f"{_where(schedule, step, transfer)}: chunk {transfer.chunk} is not one of {schedule.nchunks} chunks"
+        )
     if transfer.src == transfer.dst:
-        raise InvalidSchedule(f"{where}: a rank does not send to itself")
+        raise InvalidSchedule(f"{_where(schedule, step, transfer)}: a rank does not send to itself")
 
 
 def _check_progress(schedule: Schedule) -> None:
@@ -96,44 +111,43 @@ def _check_progress(schedule: Schedule) -> None:
     Each transfer has two events: *taken* (the receiver has it off the stream, so the sender's read is over) and *applied*
     (it is in the receiver's chunk). Events are removed in topological order; what is left waits for itself.
     """
-    waits: dict[tuple[str, int], set[tuple[str, int]]] = {}
+    waits: list[set[int]] = []  # by event: transfer i is taken in event 2i, applied in event 2i + 1
     last_in_stream: dict[tuple[int, int], int] = {}
-    writes: dict[tuple[int, int], list[int]] = defaultdict(list)
+    last_write: dict[tuple[int, int], int] = {}
     reads: dict[tuple[int, int], list[int]] = defaultdict(list)
-    transfers: list[Transfer] = []
+    transfers = [transfer for step in schedule.steps for transfer in step]
+    first = 0
     for step in schedule.steps:
-        numbered = list(enumerate(step, start=len(transfers)))
-        transfers += step
-        for index, transfer in numbered:
-            stream = (transfer.src, transfer.dst)
-            taken = {("applied", write) for write in writes[transfer.src, transfer.chunk]}
-            if stream in last_in_stream:
-                taken.add(("applied", last_in_stream[stream]))
+        for index, transfer in enumerate(step, first):
+            stream, source = (transfer.src, transfer.dst), (transfer.src, transfer.chunk)
+            waits.append(
+                {2 * other + 1 for other in (last_write.get(source), last_in_stream.get(stream)) if other is not None}
+            )
             last_in_stream[stream] = index
-            waits["taken", index] = taken
-        for index, transfer in numbered:
-            reads[transfer.src, transfer.chunk].append(index)
-        for index, transfer in numbered:
+            waits.append({2 * index})
+            reads[source].append(index)
+        for index, transfer in enumerate(step, first):
             target = (transfer.dst, transfer.chunk)
-            waits["applied", index] = {("taken", index)}
-            waits["applied", index] |= {("taken", read) for read in reads[target]}
-            waits["applied", index] |= {("applied", write) for write in writes[target]}
-            writes[target].append(index)
-    waiting_for: dict[tuple[str, int], list[tuple[str, int]]] = defaultdict(list)
-    for event, needed in waits.items():
+            waits[2 * index + 1].update(2 * read for read in reads[target])
+            if target in last_write:
+                waits[2 * index + 1].add(2 * last_write[target] + 1)
+            last_write[target] = index
+        first += len(step)
+    waited_for_by: list[list[int]] = [[] for _ in waits]
+    for event, needed in enumerate(waits):
         for other in needed:
-            waiting_for[other].append(event)
-    missing = {event: len(needed) for event, needed in waits.items()}
+            waited_for_by[other].append(event)
+    missing = {event: len(needed) for event, needed in enumerate(waits)}
     ready = [event for event, count in missing.items() if count == 0]
     while ready:
         event = ready.pop()
         del missing[event]
-        for other in waiting_for[event]:
+        for other in waited_for_by[event]:
             missing[other] -= 1
             if missing[other] == 0:
                 ready.append(other)
     if missing:
-        stuck = transfers[min(index for _, index in missing)]
+        stuck = transfers[min(missing) // 2]
         raise InvalidSchedule(f"{schedule.algorithm}: deadlock, {stuck} waits for itself")
 
 

@@ -28,7 +28,7 @@ def exchange(nranks: int) -> Schedule:
 def test_an_exchange_in_place_does_not_lock_up(monkeypatch: pytest.MonkeyPatch, transport: int) -> None:
     """Over p2p each rank's memory is lent to the other, and must not be overwritten before the other has read it."""
     monkeypatch.setitem(ALL_REDUCE, "exchange", exchange)
-    plan.pairs_of.cache_clear()
+    plan.plan_of.cache_clear()
 
     async def scenario() -> None:
         async with ranks(2, transport, stall_timeout_s=3) as world:
