@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from dsml_gpu.device.dataflow import Access, Dataflow
-from dsml_gpu.errors import DsmlError, OperationAborted, OperationTimeout
+from dsml_gpu.errors import DsmlError, OperationAborted, OperationTimeout, OutOfMemory
 from dsml_gpu.memory.arena import Arena
 from dsml_gpu.reduction import Operator, reduce_into
 from dsml_gpu.schedules import Kind, chunk_bounds
@@ -99,8 +99,10 @@ class GroupExecution:
             error = OperationTimeout(f"nothing moved for {self._stall_timeout_s:g} s; waited for {waits}")
             self._links.abort(OperationAborted(str(error)))
             raise error from None
-        except DsmlError as error:
-            self._links.abort(OperationAborted(str(error)))
+        except Exception as error:
+            self._links.abort(OperationAborted(str(error) or type(error).__name__))
+            if isinstance(error, MemoryError) and not isinstance(error, DsmlError):
+                raise OutOfMemory(f"an operation needs more memory than there is: {error}") from error
             raise
         finally:
             watch.stop()
@@ -153,24 +155,34 @@ class GroupExecution:
     ) -> None:
         source = f"rank {accesses[0].move.peer}"
         for access in accesses:
-            move = access.move
-            self._waiting[source] = f"chunk {move.chunk} of step {access.step} from {source}"
-            for piece in chunks[move.chunk]:
+            reads, writes = access.reads_before, access.writes_before
+            self._waiting[source] = f"chunk {access.move.chunk} of step {access.step} from {source}"
+            # Slices that may not be applied yet are kept, so that taking a chunk never waits for applying it: the proof
+            # of progress (`schedules.verify`) rests on this. Between peers that exchange a chunk they are few.
+            kept: deque[tuple[_Slice, Any]] = deque()
+            for piece in chunks[access.move.chunk]:
                 data = await link.recv(piece.nbytes)
-                if piece.reads < access.reads_before or piece.writes < access.writes_before:
-                    if link.lends:
-                        data = data.copy()
-                        link.release()
-                    await piece.until(access.reads_before, access.writes_before)
-                self._apply(move.kind, piece, data, operation)
+                if piece.reads < reads or piece.writes < writes:
+                    kept.append((piece, data.copy() if link.lends else data))
+                else:
+                    self._apply(access.move.kind, piece, data, operation)
                 link.release()
-                piece.count_write()
                 self._slices_moved += 1
+                for outbox in outboxes:
+                    outbox.send_what_is_ready()
+            while kept:
+                piece, data = kept.popleft()
+                await piece.until(reads, writes)
+                self._apply(access.move.kind, piece, data, operation)
                 for outbox in outboxes:
                     outbox.send_what_is_ready()
         del self._waiting[source]
 
     def _apply(self, kind: Kind, piece: _Slice, data: Any, operation: Operation) -> None:
+        self._combine(kind, piece, data, operation)
+        piece.count_write()
+
+    def _combine(self, kind: Kind, piece: _Slice, data: Any, operation: Operation) -> None:
         target = self._arena.view(piece.addr, piece.nbytes)
         if kind is Kind.COPY:
             target[...] = data

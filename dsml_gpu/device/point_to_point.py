@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections import OrderedDict
 from collections.abc import Coroutine
 from dataclasses import dataclass
@@ -16,6 +17,8 @@ from dsml_gpu.transport.incoming import Incoming, IncomingTable
 from dsml_gpu.transport.link import new_stream_id
 from dsml_gpu.wire.stubs import COPY_SLICE_BYTES
 from dsml_gpu.wire.timeouts import StallWatch, in_time
+
+log = logging.getLogger(__name__)
 
 #: Ended streams whose status is remembered.
 _MAX_ENDED = 1 << 16
@@ -31,10 +34,23 @@ class StreamState(IntEnum):
 
 @dataclass(slots=True)
 class StreamStatus:
-    """How one end of a stream stands, and why when it failed."""
+    """How a stream stands, and why when it failed.
+
+    Attributes:
+        ends: how many of its ends are on this server and under way; it has succeeded when the last one has.
+    """
 
     state: StreamState = StreamState.IN_PROGRESS
     message: str = ""
+    ends: int = 0
+
+    def end(self, failure: str) -> None:
+        """One end is over; `failure` is empty when it went well."""
+        self.ends -= 1
+        if failure and self.state is not StreamState.FAILED:
+            self.state, self.message = StreamState.FAILED, failure
+        elif not self.ends and self.state is StreamState.IN_PROGRESS:
+            self.state = StreamState.SUCCESS
 
 
 class PointToPoint:
@@ -98,20 +114,20 @@ class PointToPoint:
         await asyncio.gather(*self._tasks, return_exceptions=True)
 
     def _follow(self, stream_id: int, transfer: Coroutine[Any, Any, None]) -> None:
-        # Both ends of a stream may be on this server; then it counts as ended when the later one has.
         status = self._streams.setdefault(stream_id, StreamStatus())
+        status.ends += 1
 
         async def run() -> None:
             try:
                 await transfer
-            except DsmlError as error:
-                status.state, status.message = StreamState.FAILED, str(error)
+                status.end("")
             except asyncio.CancelledError:
-                status.state, status.message = StreamState.FAILED, "the server shut down"
+                status.end("the server shut down")
                 raise
-            else:
-                if status.state is not StreamState.FAILED:
-                    status.state = StreamState.SUCCESS
+            except Exception as error:
+                if not isinstance(error, DsmlError):
+                    log.error("a transfer met a defect of the server", exc_info=error)
+                status.end(str(error) or type(error).__name__)
             finally:
                 self._forget_oldest()
 

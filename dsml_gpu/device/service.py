@@ -162,6 +162,9 @@ class DeviceService:
         operations = [_operation(operation, flows) for operation in request.operations]
         for operation in operations:
             device.arena.check(operation.addr, operation.elements * operation.dtype.itemsize)
+        chunks = sum(operation.dataflow.nchunks for operation in operations)
+        if chunks > _MAX_CHUNKS:
+            raise InvalidValue(f"the operations have {chunks} chunks together, at most {_MAX_CHUNKS} are allowed")
         slice_bytes = request.sliceBytes or self._settings.slice_bytes
         check_slice_bytes(slice_bytes)
         stall_timeout_s = request.stallTimeoutMs / 1000 or self._settings.stall_timeout_s
@@ -176,6 +179,8 @@ class DeviceService:
         try:
             for link in links:
                 peer = membership.peer(link.peer)
+                if peer.rank in send or peer.rank in recv:
+                    raise InvalidValue(f"rank {peer.rank} has two links; each peer has one")
                 if link.sendStreamId:
                     send[peer.rank] = self._send_link(device, peer, link.sendStreamId)
                 if link.recvStreamId:

@@ -4,9 +4,10 @@ Three conditions, checked in this order:
 
 1. Every transfer is well formed, and no contribution is reduced into a chunk twice.
 2. At the end each chunk on each rank holds what the collective promises.
-3. No deadlock. Between two ranks, chunks travel in one first-in-first-out stream, a receiver takes the next chunk only when
-   it has applied the one before, and it applies a chunk only when its own reads of what it overwrites are over. The
-   waits that follow from this must form no cycle.
+3. No deadlock. Between two ranks, chunks travel in one first-in-first-out stream. A receiver takes all of the next chunk
+   when it has applied the one before, and applies it when its own reads of what it overwrites are over. The waits that
+   follow from this must form no cycle; then some chunk can always be taken or applied, into however many slices chunks
+   are cut.
 """
 
 from __future__ import annotations

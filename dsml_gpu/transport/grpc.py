@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Callable
+from contextlib import suppress
 from typing import Any
 
 import grpc
@@ -70,10 +71,12 @@ class GrpcSendLink:
         self._stream.on_end(lambda: self._slices.close(_EndedEarlyError()))
 
     def send(self, data: DeviceNDArray, on_sent: Callable[[], None]) -> None:
-        self._slices.put_nowait((data, on_sent))
+        with suppress(_EndedEarlyError):  # `drain` says why
+            self._slices.put_nowait((data, on_sent))
 
     def end(self) -> None:
-        self._slices.put_nowait(None)
+        with suppress(_EndedEarlyError):
+            self._slices.put_nowait(None)
 
     async def drain(self) -> None:
         try:

@@ -15,8 +15,11 @@ from dsml_gpu.memory.backend import DeviceNDArray
 
 
 def new_stream_id() -> int:
-    """A stream id that nobody else draws, on any device, and that nobody guesses; never 0."""
-    return secrets.randbelow((1 << 63) - 1) + 1
+    """A stream id that nobody else draws, on any device, and that nobody guesses; never 0.
+
+    Below 2**53, for JavaScript's numbers.
+    """
+    return secrets.randbelow((1 << 53) - 1) + 1
 
 
 class SendLink(Protocol):

@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from dsml_gpu.errors import DsmlError, OperationTimeout, StreamLength
+from dsml_gpu.errors import DsmlError, OperationTimeout, StreamInUse, StreamLength
 from dsml_gpu.memory.backend import DeviceNDArray
 from dsml_gpu.transport.queue import ClosableQueue
 
@@ -17,6 +17,8 @@ _Slice = tuple[DeviceNDArray, Callable[[], None]]
 class _Pipe:
     slices: ClosableQueue[_Slice | None] = field(default_factory=ClosableQueue)
     all_taken: asyncio.Future[None] = field(default_factory=lambda: asyncio.get_running_loop().create_future())
+    has_sender: bool = False
+    has_receiver: bool = False
     ends_closed: int = 0
     expiry: asyncio.TimerHandle | None = None
 
@@ -43,12 +45,20 @@ class PipeTable:
         return len(self._pipes)
 
     def open_send(self, stream_id: int) -> P2PSendLink:
-        """The sending end of a stream; each end can be opened once."""
-        return P2PSendLink(self, stream_id, self._open(stream_id))
+        """The sending end of a stream. Raises StreamInUse where it was opened before."""
+        pipe = self._open(stream_id)
+        if pipe.has_sender:
+            raise StreamInUse(f"stream {stream_id} has a sender already")
+        pipe.has_sender = True
+        return P2PSendLink(self, stream_id, pipe)
 
     def open_recv(self, stream_id: int) -> P2PRecvLink:
-        """The receiving end of a stream; each end can be opened once."""
-        return P2PRecvLink(self, stream_id, self._open(stream_id))
+        """The receiving end of a stream. Raises StreamInUse where it was opened before."""
+        pipe = self._open(stream_id)
+        if pipe.has_receiver:
+            raise StreamInUse(f"stream {stream_id} has a receiver already")
+        pipe.has_receiver = True
+        return P2PRecvLink(self, stream_id, pipe)
 
     def _open(self, stream_id: int) -> _Pipe:
         pipe = self._pipes.get(stream_id)

@@ -19,6 +19,8 @@ def channel_options(max_message_bytes: int = DEFAULT_MAX_MESSAGE_BYTES) -> list[
     return [
         ("grpc.max_send_message_length", max_message_bytes),
         ("grpc.max_receive_message_length", max_message_bytes),
+        # gRPC's own limit is two minutes, for which a server that was restarted would still count as gone.
+        ("grpc.max_reconnect_backoff_ms", 1000),
     ]
 
 

@@ -84,3 +84,30 @@ def test_slow_is_not_stalled() -> None:
             assert all((result == 2).all() for result in results)
 
     asyncio.run(scenario())
+
+
+def test_a_schedule_that_keeps_chunks_back_runs_with_any_number_of_slices(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rank 1 may apply what rank 0 sends only when its own chunk has left, behind another one that waits in turn."""
+    gather = tuple(Transfer(rank, 3, chunk, reduce=True) for chunk in (0, 1) for rank in (0, 1, 2))
+    crossing = (
+        Transfer(0, 1, 0, reduce=True),
+        Transfer(2, 0, 0, reduce=True),
+        Transfer(2, 0, 1, reduce=True),
+        Transfer(1, 2, 1, reduce=True),
+        Transfer(1, 2, 0, reduce=True),
+    )
+    scatter = tuple(Transfer(3, rank, chunk, reduce=False) for chunk in (0, 1) for rank in (0, 1, 2))
+    schedule = Schedule("all_reduce", "crossing", 4, 2, (gather, crossing, scatter))
+    monkeypatch.setitem(ALL_REDUCE, "crossing", lambda nranks: schedule)
+    plan.plan_of.cache_clear()
+
+    async def scenario(transport: int, elements: int) -> None:
+        async with ranks(4, transport, stall_timeout_s=3) as world:
+            inputs = [np.arange(elements) * 1.0 + rank for rank in range(4)]
+            for result in await world.all_reduce(inputs, "SUM", "crossing"):
+                np.testing.assert_array_equal(result, np.sum(inputs, axis=0))
+
+    for elements in (1000, 4000, 100_000):
+        asyncio.run(scenario(pb.P2P, elements))
+        asyncio.run(scenario(pb.GRPC, elements))
+    asyncio.run(scenario(pb.GRPC, 4 << 20))  # more than gRPC's own buffers hold

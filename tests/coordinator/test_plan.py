@@ -80,4 +80,4 @@ def test_stream_ids_are_never_used_again() -> None:
         for link in request.links
     ]
     assert len(set(seen)) == 100
-    assert all(0 < stream < 1 << 63 for stream in seen)
+    assert all(0 < stream < 1 << 53 for stream in seen)
