@@ -9,7 +9,8 @@ from collections.abc import Coroutine, Sequence
 from typing import Any, cast
 
 from dsml_gpu.coordinator import plan
-from dsml_gpu.coordinator.device_handle import DeviceHandle, in_order
+from dsml_gpu.coordinator.device_handle import DeviceHandle
+from dsml_gpu.coordinator.order import Turn
 from dsml_gpu.coordinator.plan import Collective
 from dsml_gpu.errors import (
     CommNotFound,
@@ -28,6 +29,8 @@ log = logging.getLogger(__name__)
 #: After one rank has failed the others are given so long to say why, before they are cancelled: the first to answer is
 #: often a peer of the one that knows.
 _EXPLANATION_S = 0.5
+#: Up to so many ranks a plan takes a few milliseconds at most.
+_PLANNED_AT_ONCE_RANKS = 16
 
 
 class Communicator:
@@ -55,7 +58,6 @@ class Communicator:
         self._operation_timeout_s = operation_timeout_s
         self._group: list[Collective] | None = None
         self._finalized = False
-        self._planned: set[str] = set()
         self._running: set[asyncio.Task[Any]] = set()
         self._last_status: pb.Status = pb.IN_PROGRESS
         self._last_message = ""
@@ -90,12 +92,8 @@ class Communicator:
         )
 
     async def leave(self) -> None:
-        """Tells every device that the communicator is over; a device that does not hear it is gone or forgets by itself."""
-        request = pb.LeaveCommRequest
-        results = await asyncio.gather(
-            *(handle.call("LeaveComm", request(commId=self.comm_id, deviceId=handle.device_id)) for handle in self.handles),
-            return_exceptions=True,
-        )
+        """Tells every device that the communicator is over."""
+        results = await asyncio.gather(*(handle.leave(self.comm_id) for handle in self.handles), return_exceptions=True)
         for handle, result in zip(self.handles, results, strict=True):
             if isinstance(result, DsmlError):
                 log.warning("%s was not told that communicator %d is over: %s", handle, self.comm_id, result)
@@ -134,10 +132,6 @@ class Communicator:
         Returns:
             What it did; None when queued.
         """
-        if collective.algorithm not in self._planned:
-            # In a thread: with many ranks it takes seconds, and others are to be served meanwhile.
-            await asyncio.to_thread(plan.plan_of, collective.algorithm, self.nranks)
-            self._planned.add(collective.algorithm)
         self._require_open()
         for handle, addr in zip(self.handles, collective.addrs, strict=True):
             handle.check(addr, collective.count)
@@ -164,17 +158,21 @@ class Communicator:
             raise CommNotReady(f"communicator {self.comm_id} was finalized and takes no more operations")
 
     def _start(self, collectives: list[Collective]) -> asyncio.Task[pb.CollectiveResult]:
-        task = asyncio.ensure_future(self._run(collectives))
+        # The place in the order is taken here and now, not when the task gets to run.
+        turn = Turn(self.handles, self._operation_timeout_s)
+        task = asyncio.ensure_future(self._run(collectives, turn))
         self._running.add(task)
         task.add_done_callback(self._running.discard)
+        task.add_done_callback(lambda _: turn.end())
         return task
 
-    async def _run(self, collectives: list[Collective]) -> pb.CollectiveResult:
+    async def _run(self, collectives: list[Collective], turn: Turn) -> pb.CollectiveResult:
         if not collectives:
             return pb.CollectiveResult()
         what = str(collectives[0]) if len(collectives) == 1 else f"a group of {len(collectives)} operations"
         try:
-            async with in_order(self.handles):
+            async with turn:
+                await self._plan(collectives)
                 started_ns = time.perf_counter_ns()
                 bytes_sent = await self._control_round(collectives)
                 elapsed_ns = time.perf_counter_ns() - started_ns
@@ -186,6 +184,10 @@ class Communicator:
             self._last_status, self._last_message = pb.FAILED, str(named)
             metrics.count_operations(collectives, failed=True)
             raise named from error
+        except Exception as error:
+            self._last_status, self._last_message = pb.FAILED, f"{what}: defect of the server: {error!r}"
+            log.exception("%s met a defect of the server", what)
+            raise
         self._last_status, self._last_message = pb.SUCCESS, ""
         metrics.count_operations(collectives, elapsed_s=elapsed_ns / 1e9)
         algorithms = {collective.algorithm for collective in collectives}
@@ -195,6 +197,12 @@ class Communicator:
             elapsedNs=elapsed_ns,
             bytesSent=bytes_sent,
         )
+
+    async def _plan(self, collectives: list[Collective]) -> None:
+        if self.nranks > _PLANNED_AT_ONCE_RANKS:
+            # In a thread: it can take seconds, once, and others are to be served meanwhile.
+            for algorithm in {collective.algorithm for collective in collectives}:
+                await asyncio.to_thread(plan.plan_of, algorithm, self.nranks)
 
     async def _control_round(self, collectives: list[Collective]) -> int:
         """One Execute on every rank, side by side; returns the payload bytes that all sent."""

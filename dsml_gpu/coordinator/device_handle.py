@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Iterable, Iterator
-from contextlib import asynccontextmanager, contextmanager
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Iterator
+from contextlib import contextmanager
 from typing import Any, Protocol
 
 import grpc
 
-from dsml_gpu.errors import NoAnswer, OperationTimeout, PeerUnavailable, Unavailable
+from dsml_gpu.errors import DeviceNotFound, NoAnswer, OperationTimeout, PeerUnavailable, Unavailable
 from dsml_gpu.memory.arena import check_range
 from dsml_gpu.wire import gpu_sim_pb2 as pb
 from dsml_gpu.wire.codec import Chunk
@@ -31,7 +31,7 @@ class DeviceConnection(Protocol):
     async def write(self, chunks: AsyncIterator[Chunk]) -> pb.StreamHostToDeviceResponse:
         """StreamHostToDevice; an exception of `chunks` ends it and is raised."""
 
-    def read(self, request: pb.StreamDeviceToHostRequest) -> AsyncIterator[Chunk]:
+    def read(self, request: pb.StreamDeviceToHostRequest) -> AsyncGenerator[Chunk, None]:
         """StreamDeviceToHost."""
 
 
@@ -64,7 +64,7 @@ class RemoteConnection:
             raise
         return response
 
-    async def read(self, request: pb.StreamDeviceToHostRequest) -> AsyncIterator[Chunk]:
+    async def read(self, request: pb.StreamDeviceToHostRequest) -> AsyncGenerator[Chunk, None]:
         call = self._stub.StreamDeviceToHost(request)
         try:
             while (chunk := await self._in_time(call.read())) is not grpc.aio.EOF:
@@ -99,7 +99,9 @@ class DeviceHandle:
         self.reachable = False
         self.metadata = pb.DeviceMetadata(address=address)
         self.comm_ids: set[int] = set()
-        self._last_work: asyncio.Future[None] | None = None
+        self.last_work: asyncio.Future[None] | None = None
+        self._unheard_leaves: set[int] = set()
+        self._ended = False
 
     @property
     def device_id(self) -> int:
@@ -111,12 +113,28 @@ class DeviceHandle:
 
     async def refresh(self) -> None:
         """Asks the device who it is. Raises PeerUnavailable where it does not answer."""
-        self.reachable = False
         response = await self.call("GetDeviceMetadata", pb.GetDeviceMetadataRequest())
         self.metadata.CopyFrom(response.metadata)
         # The address that others reach it by is the one that reached it, not what it believes of itself.
         self.metadata.address = self.address
         self.reachable = True
+        for comm_id in sorted(self._unheard_leaves):
+            await self.leave(comm_id)
+
+    async def leave(self, comm_id: int) -> None:
+        """Tells the device that a communicator is over; one that does not hear it is told again when it answers next."""
+        self._unheard_leaves.add(comm_id)
+        await self.call("LeaveComm", pb.LeaveCommRequest(commId=comm_id, deviceId=self.device_id))
+        self._unheard_leaves.discard(comm_id)
+
+    def end(self) -> None:
+        """The device is no more."""
+        self._ended = True
+
+    def require_alive(self) -> None:
+        """Raises DeviceNotFound where the device is no more: the communicator that it was made for has ended."""
+        if self._ended:
+            raise DeviceNotFound(f"{self} has ended with its communicator")
 
     async def call(self, method: str, request: Any, timeout_s: float | None = CONTROL_TIMEOUT_S) -> Any:
         """One RPC to the device.
@@ -148,7 +166,7 @@ class DeviceHandle:
         with self._named_errors():
             return int((await self._connection.write(with_header())).numBytes)
 
-    async def read(self, addr: int, nbytes: int) -> AsyncIterator[Chunk]:
+    async def read(self, addr: int, nbytes: int) -> AsyncGenerator[Chunk, None]:
         """Device to host, in pieces."""
         request = pb.StreamDeviceToHostRequest(
             deviceId=self.metadata.deviceId, memAddr=pb.MemAddr(value=addr), numBytes=nbytes
@@ -166,10 +184,13 @@ class DeviceHandle:
         """Connection errors say which device they are about."""
         try:
             yield
+        except PeerUnavailable:  # what a device that answers says of its peer
+            raise
         except Unavailable as error:
             self.reachable = False
             raise PeerUnavailable(f"{self} does not answer: {error}") from None
         except NoAnswer as error:
+            self.reachable = False
             raise NoAnswer(f"{self} does not answer: {error}") from None
 
 
@@ -182,40 +203,3 @@ def pieces(data: bytes) -> AsyncIterator[Chunk]:
             yield Chunk(view[start : start + COPY_SLICE_BYTES])
 
     return generate()
-
-
-@asynccontextmanager
-async def in_order(handles: Iterable[DeviceHandle]) -> AsyncIterator[None]:
-    """Stream order: the body runs after everything that was issued earlier on any of the devices has ended.
-
-    The place in the order is taken at once, on all devices together, when the context is entered; so two operations on the
-    same devices can never wait for each other.
-    """
-    handles = list(handles)
-    earlier = {handle._last_work for handle in handles if handle._last_work is not None and not handle._last_work.done()}
-    ended = asyncio.get_running_loop().create_future()
-    for handle in handles:
-        handle._last_work = ended
-    try:
-        if earlier:
-            # The futures are others' too: `wait` does not cancel them when this task is cancelled.
-            await asyncio.wait(earlier)
-        yield
-    finally:
-        _end_after(ended, [work for work in earlier if not work.done()])
-
-
-def _end_after(ended: asyncio.Future[None], earlier: list[asyncio.Future[None]]) -> None:
-    """Ends a turn; one given up while it waited ends with what it waited for, so that nothing overtakes."""
-    if not earlier:
-        ended.set_result(None)
-        return
-    remaining = set(earlier)
-
-    def done(work: asyncio.Future[None]) -> None:
-        remaining.discard(work)
-        if not remaining:
-            ended.set_result(None)
-
-    for work in earlier:
-        work.add_done_callback(done)

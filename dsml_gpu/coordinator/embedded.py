@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Iterable
+import itertools
+from collections.abc import AsyncGenerator, AsyncIterator, Iterable
 from typing import Any
 
 from dsml_gpu.coordinator.device_handle import DeviceHandle
@@ -33,20 +34,23 @@ class EmbeddedDevices:
         self._memory_bytes = memory_bytes
         self._backend = backend
         self._count = 0
+        self._last_id = 0
 
     def __len__(self) -> int:
         return self._count
 
     def create(self, taken_ids: Iterable[int], permanent: bool) -> DeviceHandle:
-        """A new device with the lowest free id.
+        """A new device with an id of its own.
 
         Raises:
             OutOfDevices: the limit is reached.
         """
         if self._count >= self.limit:
             raise OutOfDevices(f"the limit of {self.limit} embedded devices is reached")
+        # Ids are never used again: a request for a device that has ended must not reach the next one's memory.
         taken = set(taken_ids)
-        device_id = next(number for number in range(1, len(taken) + 2) if number not in taken)
+        device_id = next(number for number in itertools.count(self._last_id + 1) if number not in taken)
+        self._last_id = device_id
         device = Device(device_id, Arena(self._memory_bytes, self._backend))
         self.service.add(device)
         self._count += 1
@@ -58,6 +62,7 @@ class EmbeddedDevices:
 
     def end(self, handle: DeviceHandle) -> None:
         """Ends a device; its memory goes back to the system."""
+        handle.end()
         self.service.remove(handle.device_id)
         self._count -= 1
 
@@ -77,5 +82,5 @@ class _LocalConnection:
     async def write(self, chunks: AsyncIterator[Chunk]) -> pb.StreamHostToDeviceResponse:
         return await self._service.StreamHostToDevice(chunks, None)
 
-    def read(self, request: pb.StreamDeviceToHostRequest) -> AsyncIterator[Chunk]:
+    def read(self, request: pb.StreamDeviceToHostRequest) -> AsyncGenerator[Chunk, None]:
         return self._service.StreamDeviceToHost(request, None)

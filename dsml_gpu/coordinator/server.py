@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from dataclasses import dataclass, field
 
 from dsml_gpu.coordinator.embedded import DeviceService, EmbeddedDevices, TransferSettings
@@ -79,7 +80,8 @@ class CoordinatorServer:
 
     async def stop(self, drain_s: float = 10.0) -> None:
         """Drains, takes leave of all devices, and stops."""
+        deadline = asyncio.get_running_loop().time() + drain_s
         await self.rpc.stop(drain_s)
-        await self._service.close(drain_s)
+        await self._service.close(max(0.0, deadline - asyncio.get_running_loop().time()))
         await self.registry.close()
         await self._embedded.close()

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import secrets
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator
+from contextlib import aclosing
 from dataclasses import dataclass
 from typing import Any
 
 from dsml_gpu.coordinator.communicator import Communicator
-from dsml_gpu.coordinator.device_handle import DeviceHandle, in_order, pieces
+from dsml_gpu.coordinator.device_handle import DeviceHandle, pieces
+from dsml_gpu.coordinator.order import Turn
 from dsml_gpu.coordinator.plan import Collective
 from dsml_gpu.coordinator.registry import DeviceRegistry
-from dsml_gpu.errors import CommNotFound, InvalidValue, MessageTooLarge, MissingField, RankMismatch
+from dsml_gpu.errors import CommNotFound, InvalidValue, MessageTooLarge, MissingField, RankMismatch, StreamLength
 from dsml_gpu.reduction import dtype_of, elements_in, operator_of
 from dsml_gpu.wire import gpu_sim_pb2 as pb
 from dsml_gpu.wire.codec import Chunk
@@ -88,7 +90,7 @@ class CoordinatorService:
         try:
             await comm.join()
         except BaseException:
-            self._registry.release(handles, comm_id)
+            await asyncio.shield(self._give_back(comm))
             raise
         self._comms[comm_id] = comm
         return pb.CommInitResponse(success=True, commId=comm_id, devices=[handle.metadata for handle in handles])
@@ -108,8 +110,10 @@ class CoordinatorService:
 
     async def _destroy(self, comm: Communicator) -> None:
         await comm.finalize()
-        if self._comms.pop(comm.comm_id, None) is None:
-            return  # another call was faster
+        if self._comms.pop(comm.comm_id, None) is not None:  # otherwise another call was faster
+            await asyncio.shield(self._give_back(comm))
+
+    async def _give_back(self, comm: Communicator) -> None:
         try:
             await comm.leave()
         finally:
@@ -204,22 +208,29 @@ class CoordinatorService:
         written = await self._write(handle, header.memAddr.value, header.numBytes, all_chunks())
         return pb.StreamHostToDeviceResponse(numBytes=written)
 
-    async def StreamDeviceToHost(self, request: pb.StreamDeviceToHostRequest, context: Any) -> AsyncIterator[Chunk]:
+    async def StreamDeviceToHost(self, request: pb.StreamDeviceToHostRequest, context: Any) -> AsyncGenerator[Chunk, None]:
         handle = self._device(request, "deviceId")
         require(request, "memAddr")
-        async for chunk in self._read(handle, request.memAddr.value, request.numBytes):
-            yield chunk
+        async with aclosing(self._read(handle, request.memAddr.value, request.numBytes)) as chunks:
+            async for chunk in chunks:
+                yield chunk
 
     async def _write(self, handle: DeviceHandle, addr: int, nbytes: int, chunks: AsyncIterator[Chunk]) -> int:
         handle.check(addr, nbytes)
-        async with in_order([handle]):
-            return await handle.write(addr, nbytes, chunks)
+        async with self._turn(handle):
+            handle.require_alive()
+            return await handle.write(addr, nbytes, _checked(handle, addr, nbytes, chunks))
 
-    async def _read(self, handle: DeviceHandle, addr: int, nbytes: int) -> AsyncIterator[Chunk]:
+    async def _read(self, handle: DeviceHandle, addr: int, nbytes: int) -> AsyncGenerator[Chunk, None]:
         handle.check(addr, nbytes)
-        async with in_order([handle]):
-            async for chunk in handle.read(addr, nbytes):
-                yield chunk
+        async with self._turn(handle):
+            handle.require_alive()
+            async with aclosing(handle.read(addr, nbytes)) as chunks:
+                async for chunk in chunks:
+                    yield chunk
+
+    def _turn(self, handle: DeviceHandle) -> Turn:
+        return Turn([handle], self._settings.operation_timeout_s)
 
     async def Malloc(self, request: pb.MallocRequest, context: Any) -> pb.MallocResponse:
         handle = self._device(request, "deviceId")
@@ -231,6 +242,19 @@ class CoordinatorService:
     async def Free(self, request: pb.FreeRequest, context: Any) -> pb.FreeResponse:
         response: pb.FreeResponse = await self._device(request, "deviceId").call("Free", request)
         return response
+
+
+async def _checked(handle: DeviceHandle, addr: int, announced: int, chunks: AsyncIterator[Chunk]) -> AsyncIterator[Chunk]:
+    """The chunks, as long as they stay inside the device's memory and are as many bytes as announced (0: any)."""
+    total = 0
+    async for chunk in chunks:
+        total += memoryview(chunk.data).nbytes
+        if announced and total > announced:
+            raise StreamLength(f"{announced} bytes were announced, {total} came")
+        handle.check(addr, total)
+        yield chunk
+    if announced and total != announced:
+        raise StreamLength(f"{announced} bytes were announced, {total} came")
 
 
 def _new_comm_id() -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -236,7 +236,7 @@ class DeviceService:
         device.arena.backend.synchronize()
         return pb.StreamHostToDeviceResponse(numBytes=written)
 
-    async def StreamDeviceToHost(self, request: pb.StreamDeviceToHostRequest, context: Any) -> AsyncIterator[Chunk]:
+    async def StreamDeviceToHost(self, request: pb.StreamDeviceToHostRequest, context: Any) -> AsyncGenerator[Chunk, None]:
         require(request, "memAddr")
         device = self._device(request.deviceId.value)
         addr, nbytes = request.memAddr.value, request.numBytes

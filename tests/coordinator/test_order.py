@@ -6,7 +6,9 @@ import asyncio
 
 import pytest
 
-from dsml_gpu.coordinator.device_handle import DeviceHandle, RemoteConnection, in_order
+from dsml_gpu.coordinator.device_handle import DeviceHandle, RemoteConnection
+from dsml_gpu.coordinator.order import Turn
+from dsml_gpu.errors import OperationTimeout
 
 
 def handles(count: int) -> list[DeviceHandle]:
@@ -25,7 +27,7 @@ class Log:
         return asyncio.ensure_future(self._work(name, devices))
 
     async def _work(self, name: str, devices: list[DeviceHandle]) -> None:
-        async with in_order(devices):
+        async with Turn(devices, 60):
             self.lines.append(f"+{name}")
             await self.gates[name].wait()
             self.lines.append(f"-{name}")
@@ -97,9 +99,41 @@ def test_failed_work_lets_the_next_begin() -> None:
     async def scenario() -> None:
         [device] = handles(1)
         with pytest.raises(RuntimeError):
-            async with in_order([device]):
+            async with Turn([device], 60):
                 raise RuntimeError
-        async with in_order([device]):
+        async with Turn([device], 60):
+            pass
+
+    asyncio.run(scenario())
+
+
+def test_the_place_is_taken_when_the_turn_is_made_not_when_its_task_runs() -> None:
+    async def scenario() -> None:
+        log, [device] = Log(), handles(1)
+        turn = Turn([device], 60)
+        later = log.start("b", [device])
+        log.gates["b"].set()
+        await settle()
+        assert log.lines == []
+        async with turn:
+            log.lines.append("a")
+        await later
+        assert log.lines == ["a", "+b", "-b"]
+
+    asyncio.run(scenario())
+
+
+def test_nobody_waits_for_ever_for_earlier_work() -> None:
+    async def scenario() -> None:
+        log, [device] = Log(), handles(1)
+        stuck = log.start("a", [device])
+        await settle()
+        with pytest.raises(OperationTimeout, match=r"did not end within 0.05 s"):
+            async with Turn([device], 0.05):
+                pytest.fail("it overtook")
+        log.gates["a"].set()
+        await stuck
+        async with Turn([device], 5):
             pass
 
     asyncio.run(scenario())
