@@ -142,6 +142,12 @@ class NoAnswer(OperationTimeout):
     """Nobody answered before the deadline; not even a server that says so."""
 
 
+class InternalError(DsmlError):
+    """A defect of the server."""
+
+    code = "INTERNAL"
+
+
 class OperationAborted(DsmlError):
     code = "ABORTED"
     refusal = "OPERATION_ABORTED"
@@ -175,8 +181,11 @@ BY_CODE: dict[str, type[DsmlError]] = {
         OperationTimeout,
         OperationAborted,
         StreamLength,
+        InternalError,
     )
 }
+# What gRPC itself ends calls with.
+BY_CODE |= {"UNKNOWN": Unavailable, "CANCELLED": OperationAborted}
 
 
 def error_from(code: str, message: str, refusal: str | None = None) -> DsmlError:

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
+import os
+import signal
 import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn, Protocol, TypeVar
@@ -56,14 +60,17 @@ async def _serve(
     make: Callable[[], S], ready: Callable[[S], str], until_stdin_closes: bool, metrics_port: int | None
 ) -> None:
     server = make()
-    await server.start()
     if metrics_port is not None:
         _serve_metrics(server.rpc.host, metrics_port)
-    print(ready(server), flush=True)
+    await server.start()
     ended = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, ended.set)
     if until_stdin_closes:
-        await _set_at_end_of_stdin(ended)
-    await server.rpc.wait_for_signal(ended)
+        threading.Thread(target=_set_at_end_of_stdin, args=(loop, ended), daemon=True).start()
+    print(ready(server), flush=True)
+    await ended.wait()
     logging.getLogger(__name__).info("draining")
     await server.stop()
 
@@ -74,18 +81,15 @@ def _serve_metrics(host: str, port: int) -> None:
     try:
         metrics.serve(host, port)
     except OSError as error:
-        fail(f"cannot serve metrics on {host}:{port}: {error.strerror}")
+        raise PortInUse(f"cannot serve metrics on {host}:{port}: {error.strerror}") from error
 
 
-async def _set_at_end_of_stdin(ended: asyncio.Event) -> None:
-    class AtEnd(asyncio.Protocol):
-        def eof_received(self) -> None:
-            ended.set()
-
-        def connection_lost(self, error: Exception | None) -> None:
-            ended.set()
-
-    await asyncio.get_running_loop().connect_read_pipe(AtEnd, sys.stdin)
+def _set_at_end_of_stdin(loop: asyncio.AbstractEventLoop, ended: asyncio.Event) -> None:
+    """In a thread of its own, because standard input may be anything: a pipe, a terminal, a file, /dev/null."""
+    while os.read(0, 1 << 16):
+        pass
+    with contextlib.suppress(RuntimeError):  # the loop has ended by itself
+        loop.call_soon_threadsafe(ended.set)
 
 
 def line(server: CoordinatorServer, why: str) -> str:

@@ -21,25 +21,31 @@ class DeviceRegistry:
     Args:
         addresses: host:port of device servers, in the order in which communicators take them.
         embedded: makes devices of this process.
-        permanent_embedded: so many exist from the start and stay; above that they come and go with communicators.
         stall_timeout_s: a copy to or from a device server fails when nothing moves for so long.
     """
 
-    def __init__(
-        self,
-        addresses: Sequence[str],
-        embedded: EmbeddedDevices,
-        permanent_embedded: int = 0,
-        stall_timeout_s: float = 30.0,
-    ) -> None:
+    def __init__(self, addresses: Sequence[str], embedded: EmbeddedDevices, stall_timeout_s: float) -> None:
         self._channels = ChannelPool()
         self._embedded = embedded
         self._remote = [
             DeviceHandle(RemoteConnection(self._channels.stub(address), stall_timeout_s), address) for address in addresses
         ]
         self._local: list[DeviceHandle] = []
+
+    async def start(self, permanent_embedded: int) -> None:
+        """Asks the configured device servers who they are, then makes the embedded devices that stay.
+
+        Args:
+            permanent_embedded: how many; above that they come and go with communicators.
+
+        Raises:
+            InvalidValue: two device servers have the same device id.
+        """
+        await self._ask_all()
+        for one, other in self._duplicates():
+            raise InvalidValue(_same_id(one, other))
         for _ in range(permanent_embedded):
-            self._local.append(embedded.create(self._ids(), permanent=True))
+            self._local.append(self._embedded.create(self._ids(), permanent=True))
 
     @property
     def handles(self) -> list[DeviceHandle]:
@@ -52,22 +58,28 @@ class DeviceRegistry:
     async def refresh(self) -> None:
         """Asks every configured device server who it is; `handle.reachable` tells who answered.
 
-        Raises:
-            InvalidValue: two devices have the same id.
+        A server that comes up with the id of another device is not used.
         """
-        results = await asyncio.gather(*(handle.refresh() for handle in self._remote), return_exceptions=True)
-        for result in results:
+        await self._ask_all()
+        for one, other in self._duplicates():
+            log.warning("%s", _same_id(one, other))
+            other.reachable = False
+
+    async def _ask_all(self) -> None:
+        for result in await asyncio.gather(*(handle.refresh() for handle in self._remote), return_exceptions=True):
             if isinstance(result, DsmlError):
                 log.warning("%s", result)
             elif isinstance(result, BaseException):
                 raise result
+
+    def _duplicates(self) -> list[tuple[DeviceHandle, DeviceHandle]]:
+        """Pairs of devices with the same id: the one that has it by right, and the other."""
         seen: dict[int, DeviceHandle] = {}
-        for handle in self.handles:
+        pairs = []
+        for handle in [*self._local, *sorted(self._remote, key=lambda handle: not handle.comm_ids)]:
             if handle.reachable and seen.setdefault(handle.device_id, handle) is not handle:
-                raise InvalidValue(
-                    f"device ids must differ, but the servers at {seen[handle.device_id].address} and {handle.address} "
-                    f"both say {handle.device_id}; start one of them with another --id"
-                )
+                pairs.append((seen[handle.device_id], handle))
+        return pairs
 
     def device(self, device_id: int) -> DeviceHandle:
         """The device of an id.
@@ -141,6 +153,13 @@ class DeviceRegistry:
         for handle in handles:
             handle.comm_ids.add(comm_id)
         return handles
+
+
+def _same_id(one: DeviceHandle, other: DeviceHandle) -> str:
+    return (
+        f"device ids must differ, but the servers at {one.address} and {other.address} both say {one.device_id}; "
+        f"start one of them with another --id"
+    )
 
 
 def _check_size(nranks: int) -> None:

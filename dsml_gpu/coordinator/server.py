@@ -73,10 +73,11 @@ class CoordinatorServer:
         # Embedded devices are peers of others: they are reached at the coordinator's own address.
         devices = DeviceService(self.rpc.address, config.transfers)
         self._embedded = EmbeddedDevices(devices, config.embedded_limit, config.memory_bytes, config.backend)
-        self.registry = DeviceRegistry(config.devices, self._embedded, config.embedded or 0, config.settings.stall_timeout_s)
+        self.registry = DeviceRegistry(config.devices, self._embedded, config.settings.stall_timeout_s)
+        await self.registry.start(config.embedded or 0)
         self._service = CoordinatorService(self.registry, config.settings)
-        await self.registry.refresh()
-        await self.rpc.start({"GPUCoordinator": self._service, "GPUDevice": devices})
+        servicers = {"GPUCoordinator": self._service, "GPUDevice": devices}
+        await self.rpc.start(servicers, config.settings.stall_timeout_s)
 
     async def stop(self, drain_s: float = 10.0) -> None:
         """Drains, takes leave of all devices, and stops."""

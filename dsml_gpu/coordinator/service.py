@@ -176,7 +176,8 @@ class CoordinatorService:
             to_device = request.hostToDevice
             handle = self._device(to_device, "dstDeviceId")
             require(to_device, "dstMemAddr")
-            await self._write(handle, to_device.dstMemAddr.value, len(to_device.hostSrcData), pieces(to_device.hostSrcData))
+            data = to_device.hostSrcData  # each access copies it
+            await self._write(handle, to_device.dstMemAddr.value, len(data), pieces(data))
             return pb.MemcpyResponse(hostToDevice=pb.MemcpyHostToDeviceResponse(success=True))
         if request.HasField("deviceToHost"):
             to_host = request.deviceToHost
@@ -188,8 +189,10 @@ class CoordinatorService:
                 raise MessageTooLarge(
                     f"{to_host.numBytes} bytes do not fit into a message of {limit}; StreamDeviceToHost has no limit"
                 )
-            data = [chunk.data async for chunk in self._read(handle, to_host.srcMemAddr.value, to_host.numBytes)]
-            return pb.MemcpyResponse(deviceToHost=pb.MemcpyDeviceToHostResponse(dstData=b"".join(data)))
+            response = pb.MemcpyResponse()
+            # Assigned, not passed to constructors, each of which would copy it.
+            response.deviceToHost.dstData = await self._read_all(handle, to_host.srcMemAddr.value, to_host.numBytes)
+            return response
         raise MissingField("MemcpyRequest needs one of hostToDevice and deviceToHost, and has neither")
 
     async def StreamHostToDevice(self, chunks: AsyncIterator[Chunk], context: Any) -> pb.StreamHostToDeviceResponse:
@@ -228,6 +231,15 @@ class CoordinatorService:
             async with aclosing(handle.read(addr, nbytes)) as chunks:
                 async for chunk in chunks:
                     yield chunk
+
+    async def _read_all(self, handle: DeviceHandle, addr: int, nbytes: int) -> bytes:
+        data = bytearray(nbytes)
+        filled = 0
+        async for chunk in self._read(handle, addr, nbytes):
+            piece = memoryview(chunk.data)
+            data[filled : filled + piece.nbytes] = piece
+            filled += piece.nbytes
+        return bytes(data)
 
     def _turn(self, handle: DeviceHandle) -> Turn:
         return Turn([handle], self._settings.operation_timeout_s)

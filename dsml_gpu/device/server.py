@@ -59,7 +59,7 @@ class DeviceServer:
         self.device = Device(config.device_id or default_device_id(self.rpc.port), arena)
         self._service = DeviceService(self.rpc.address, config.transfers)
         self._service.add(self.device)
-        await self.rpc.start({"GPUDevice": self._service})
+        await self.rpc.start({"GPUDevice": self._service}, config.transfers.stall_timeout_s)
 
     async def stop(self, drain_s: float = 10.0) -> None:
         """Drains and stops."""

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
-import signal
 import socket
 from collections.abc import Mapping
 from typing import Any
@@ -14,6 +12,7 @@ from grpc_reflection.v1alpha import reflection
 
 from dsml_gpu.wire.service import service_handler
 from dsml_gpu.wire.stubs import DEFAULT_MAX_MESSAGE_BYTES, channel_options
+from dsml_gpu.wire.trim import MessageMemory
 
 _WILDCARDS = ("0.0.0.0", "::")
 
@@ -61,14 +60,16 @@ class RpcServer:
             raise PortInUse(f"cannot listen on {listen_on}: the port is in use, or the host is not ours")
         self.port = port
 
-    async def start(self, servicers: Mapping[str, Any]) -> None:
+    async def start(self, servicers: Mapping[str, Any], stall_timeout_s: float) -> None:
         """Serves.
 
         Args:
             servicers: service name in the contract (``"GPUDevice"``) -> servicer.
+            stall_timeout_s: a stream whose client neither sends nor takes a message for so long is given up.
         """
+        memory = MessageMemory()
         for name, servicer in servicers.items():
-            self._server.add_generic_rpc_handlers((service_handler(name, servicer),))
+            self._server.add_generic_rpc_handlers((service_handler(name, servicer, stall_timeout_s, memory),))
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
         names = [f"gpu_sim.{name}" for name in servicers]
         reflection.enable_server_reflection([*names, health.SERVICE_NAME, reflection.SERVICE_NAME], self._server)
@@ -83,13 +84,6 @@ class RpcServer:
         self._stopped = True
         await self._health.enter_graceful_shutdown()
         await self._server.stop(drain_s)
-
-    async def wait_for_signal(self, ended: asyncio.Event) -> None:
-        """Returns at SIGTERM or SIGINT, or when `ended` is set."""
-        loop = asyncio.get_running_loop()
-        for number in (signal.SIGTERM, signal.SIGINT):
-            loop.add_signal_handler(number, ended.set)
-        await ended.wait()
 
 
 def _join(host: str, port: int) -> str:

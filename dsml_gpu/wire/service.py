@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import AsyncIterator, Callable
+from contextlib import aclosing
 from typing import Any
 
 import grpc
@@ -21,11 +22,9 @@ from dsml_gpu.wire import gpu_sim_pb2 as pb
 from dsml_gpu.wire.codec import decode_chunk, encode_chunk
 from dsml_gpu.wire.status import abort
 from dsml_gpu.wire.timeouts import in_time
+from dsml_gpu.wire.trim import MessageMemory
 
 log = logging.getLogger(__name__)
-
-#: A stream whose other end neither sends nor takes a message for so long is given up.
-STREAM_STALL_TIMEOUT_S = 120.0
 
 
 class _Malformed:
@@ -35,65 +34,97 @@ class _Malformed:
         self.message = message
 
 
-def service_handler(service: str, servicer: Any) -> grpc.GenericRpcHandler:
+def service_handler(service: str, servicer: Any, stall_timeout_s: float, memory: MessageMemory) -> grpc.GenericRpcHandler:
     """The handler of one service of the contract, to be added to a server.
 
     Args:
         service: name in the contract, for example ``"GPUDevice"``.
         servicer: an object with one coroutine method ``(request, context)`` per RPC (an async generator where the answer
             is a stream); a request stream is given as an async iterator.
+        stall_timeout_s: a stream whose client neither sends nor takes a message for so long is given up.
+        memory: counts what passes.
     """
     descriptor = pb.DESCRIPTOR.services_by_name[service]
-    handlers = {method.name: _method_handler(method, getattr(servicer, method.name)) for method in descriptor.methods}
+    handlers = {
+        method.name: _Method(method, getattr(servicer, method.name), stall_timeout_s, memory).handler()
+        for method in descriptor.methods
+    }
     return grpc.method_handlers_generic_handler(descriptor.full_name, handlers)
 
 
-def _method_handler(method: Any, call: Callable[..., Any]) -> Any:
-    decode = _total(method.input_type.name, _decoder(method.input_type))
-    encode = _encoder(method.output_type)
-    if method.client_streaming:
-        return grpc.stream_unary_rpc_method_handler(_stream_unary(call), decode, encode)
-    if method.server_streaming:
-        return grpc.unary_stream_rpc_method_handler(_unary_stream(call), decode, encode)
-    return grpc.unary_unary_rpc_method_handler(_unary_unary(call), decode, encode)
+class _Method:
+    """One RPC: what stands between gRPC and the servicer's method."""
 
+    def __init__(self, method: Any, call: Callable[..., Any], stall_timeout_s: float, memory: MessageMemory) -> None:
+        self._method = method
+        self._call = call
+        self._stall_timeout_s = stall_timeout_s
+        self._memory = memory
+        self._decode = _decoder(method.input_type)
+        self._encode = _encoder(method.output_type)
 
-def _unary_unary(call: Callable[..., Any]) -> Callable[..., Any]:
-    async def handler(request: Any, context: Any) -> Any:
+    def handler(self) -> Any:
+        if self._method.client_streaming:
+            return grpc.stream_unary_rpc_method_handler(self._stream_unary, self._decoded, self._encoded)
+        if self._method.server_streaming:
+            return grpc.unary_stream_rpc_method_handler(self._unary_stream, self._decoded, self._encoded)
+        return grpc.unary_unary_rpc_method_handler(self._unary_unary, self._decoded, self._encoded)
+
+    def _decoded(self, message: bytes) -> Any:
+        self._memory.count(len(message))
         try:
-            return await call(_well_formed(request), context)
-        except Exception as error:  # noqa: BLE001  becomes the call's status
-            return await _refuse(context, error)
+            return self._decode(message)
+        except DecodeError as error:
+            name = self._method.input_type.name
+            return _Malformed(f"the {len(message)} bytes of the request are not a {name}: {error}")
 
-    return handler
+    def _encoded(self, message: Any) -> bytes:
+        encoded = self._encode(message)
+        self._memory.count(len(encoded))
+        return encoded
 
-
-def _stream_unary(call: Callable[..., Any]) -> Callable[..., Any]:
-    async def handler(requests: AsyncIterator[Any], context: Any) -> Any:
+    async def _unary_unary(self, request: Any, context: Any) -> Any:
         try:
-            return await call(_well_formed_stream(requests), context)
-        except Exception as error:  # noqa: BLE001  becomes the call's status
-            return await _refuse(context, error)
-
-    return handler
-
-
-def _unary_stream(call: Callable[..., Any]) -> Callable[..., Any]:
-    async def handler(request: Any, context: Any) -> None:
-        try:
-            async for response in call(_well_formed(request), context):
-                await in_time(context.write(response), STREAM_STALL_TIMEOUT_S, "the client to take a message")
+            return await self._call(_well_formed(request), context)
         except Exception as error:  # noqa: BLE001  becomes the call's status
             await _refuse(context, error)
+        finally:
+            self._memory.call_ended()
 
-    return handler
+    async def _stream_unary(self, requests: AsyncIterator[Any], context: Any) -> Any:
+        try:
+            return await self._call(self._well_formed_stream(requests), context)
+        except Exception as error:  # noqa: BLE001  becomes the call's status
+            await _refuse(context, error)
+        finally:
+            self._memory.call_ended()
+
+    async def _unary_stream(self, request: Any, context: Any) -> None:
+        try:
+            async with aclosing(self._call(_well_formed(request), context)) as responses:
+                async for response in responses:
+                    await in_time(context.write(response), self._stall_timeout_s, "the client to take a message")
+        except Exception as error:  # noqa: BLE001  becomes the call's status
+            await _refuse(context, error)
+        finally:
+            self._memory.call_ended()
+
+    async def _well_formed_stream(self, requests: AsyncIterator[Any]) -> AsyncIterator[Any]:
+        while (request := await self._next(requests)) is not None:
+            yield _well_formed(request)
+
+    async def _next(self, requests: AsyncIterator[Any]) -> Any:
+        return await in_time(anext(requests, None), self._stall_timeout_s, "the client's next message")
 
 
-async def _refuse(context: Any, error: Exception) -> Any:
+async def _refuse(context: Any, error: Exception) -> None:
     if isinstance(error, grpc.aio.AbortError):
         raise error
     if isinstance(error, DsmlError):
         await abort(context, error)
+    if context.done():
+        log.debug("the client went away: %r", error)
+        return
     log.error("a request met a defect of the server", exc_info=error)
     await context.abort(grpc.StatusCode.INTERNAL, f"defect of the server: {type(error).__name__}: {error}")
 
@@ -112,26 +143,7 @@ def _encoder(message_type: Any) -> Callable[[Any], bytes]:
     return encoder
 
 
-def _total(name: str, decode: Callable[[bytes], Any]) -> Callable[[bytes], Any]:
-    def decode_or_keep(message: bytes) -> Any:
-        try:
-            return decode(message)
-        except DecodeError as error:
-            return _Malformed(f"the {len(message)} bytes of the request are not a {name}: {error}")
-
-    return decode_or_keep
-
-
 def _well_formed(request: Any) -> Any:
     if isinstance(request, _Malformed):
         raise MalformedMessage(request.message)
     return request
-
-
-async def _well_formed_stream(requests: AsyncIterator[Any]) -> AsyncIterator[Any]:
-    while (request := await _next(requests)) is not None:
-        yield _well_formed(request)
-
-
-async def _next(requests: AsyncIterator[Any]) -> Any:
-    return await in_time(anext(requests, None), STREAM_STALL_TIMEOUT_S, "the client's next message")

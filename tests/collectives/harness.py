@@ -66,7 +66,7 @@ async def ranks(
     server = RpcServer("127.0.0.1", 0)
     server.bind()
     service = DeviceService(server.address, TransferSettings(slice_bytes, stall_timeout_s))
-    await server.start({"GPUDevice": service})
+    await server.start({"GPUDevice": service}, 60.0)
     world = Ranks(service, nranks, transport, backend)
     await world.join()
     try:

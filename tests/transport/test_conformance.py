@@ -44,7 +44,7 @@ async def grpc_ends() -> AsyncIterator[Ends]:
     server = RpcServer("127.0.0.1", 0)
     server.bind()
     service = DeviceService(server.address, TransferSettings(stall_timeout_s=TIMEOUT_S))
-    await server.start({"GPUDevice": service})
+    await server.start({"GPUDevice": service}, 60.0)
     channels = ChannelPool()
     stream_id = new_stream_id()
     table: IncomingTable = service._incoming

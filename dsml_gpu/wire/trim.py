@@ -1,0 +1,49 @@
+"""Giving memory back to the system after large messages.
+
+gRPC takes and frees the memory of a message in many pieces, and glibc keeps most of it for the process: after copies of
+1 GiB a server would hold on to hundreds of MiB that it does not use.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import ctypes
+from collections.abc import Callable
+
+#: So many bytes of messages may pass before memory is given back.
+_TRIM_AFTER_BYTES = 64 << 20
+#: The last pieces are freed a little after a call has ended, and a burst of calls needs one trim, not one each.
+_DELAY_S = 0.2
+
+
+def _find_malloc_trim() -> Callable[[int], int] | None:
+    try:
+        return ctypes.CDLL(None).malloc_trim
+    except (AttributeError, OSError):  # not glibc: macOS, musl
+        return None
+
+
+_malloc_trim = _find_malloc_trim()
+
+
+class MessageMemory:
+    """Counts the bytes of a server's messages and gives memory back when many have passed. Used from one event loop."""
+
+    def __init__(self) -> None:
+        self._passed = 0
+        self._timer: asyncio.TimerHandle | None = None
+
+    def count(self, nbytes: int) -> None:
+        """A message of so many bytes came or went."""
+        self._passed += nbytes
+
+    def call_ended(self) -> None:
+        """A call is over; what its messages took can go."""
+        if self._passed < _TRIM_AFTER_BYTES or _malloc_trim is None:
+            return
+        self._passed = 0
+        if self._timer is not None:
+            self._timer.cancel()
+        loop = asyncio.get_running_loop()
+        # In a thread: it takes some 0.1 s after 1 GiB.
+        self._timer = loop.call_later(_DELAY_S, loop.run_in_executor, None, _malloc_trim, 0)
