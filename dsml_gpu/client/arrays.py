@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import math
+import operator
+from collections.abc import Callable, Iterable
+from contextlib import suppress
 from types import TracebackType
 from typing import Any
 
@@ -10,7 +13,7 @@ import numpy as np
 
 from dsml_gpu.client.host_arrays import as_host_array
 from dsml_gpu.client.rpc import CoordinatorConnection
-from dsml_gpu.errors import AllocationNotFound, InvalidValue
+from dsml_gpu.errors import AllocationNotFound, DsmlError, InvalidValue
 from dsml_gpu.wire import gpu_sim_pb2 as pb
 
 
@@ -25,9 +28,16 @@ class Device:
         min_addr, max_addr: its address range; `max_addr` is one past the last byte.
     """
 
-    def __init__(self, connection: CoordinatorConnection, metadata: pb.DeviceMetadata, comm_id: int = 0) -> None:
+    def __init__(
+        self,
+        connection: CoordinatorConnection,
+        metadata: pb.DeviceMetadata,
+        comm_id: int = 0,
+        has_ended: Callable[[], bool] = lambda: False,
+    ) -> None:
         self._connection = connection
         self._comm_id = comm_id
+        self._has_ended = has_ended  # the communicator that this device, and what is allocated on it, belongs to
         self.device_id: int = metadata.deviceId.value
         self.address: str = metadata.address
         self.backend: str = metadata.backend
@@ -42,7 +52,7 @@ class Device:
             OutOfMemory: the device has no room for it.
         """
         resolved = np.dtype(dtype).newbyteorder("<")
-        dimensions = (shape,) if isinstance(shape, int) else tuple(shape)
+        dimensions = tuple(map(operator.index, shape if isinstance(shape, Iterable) else (shape,)))
         nbytes = math.prod(dimensions) * resolved.itemsize
         request = pb.MallocRequest(deviceId=pb.DeviceId(value=self.device_id), numBytes=max(nbytes, 1), commId=self._comm_id)
         addr = self._connection.call("Malloc", request).memAddr.value
@@ -57,7 +67,12 @@ class Device:
         """
         host = as_host_array(source, dtype)
         result = self.empty(host.shape, host.dtype)
-        result.set(host)
+        try:
+            result.set(host)
+        except BaseException:
+            with suppress(DsmlError):
+                result.free()
+            raise
         return result
 
     def __repr__(self) -> str:
@@ -133,10 +148,14 @@ class DeviceArray:
 
     def free(self) -> None:
         """Gives the memory back. Idempotent, also where the communicator's end has freed it already."""
-        if self._freed:
+        if self._freed or self.device._has_ended():
             return
         self._freed = True
-        request = pb.FreeRequest(deviceId=pb.DeviceId(value=self.device.device_id), memAddr=pb.MemAddr(value=self.addr))
+        request = pb.FreeRequest(
+            deviceId=pb.DeviceId(value=self.device.device_id),
+            memAddr=pb.MemAddr(value=self.addr),
+            commId=self.device._comm_id,
+        )
         self.device._connection.call("Free", request)
 
     def __enter__(self) -> DeviceArray:
@@ -159,3 +178,5 @@ class DeviceArray:
     def _require_alive(self) -> None:
         if self._freed:
             raise AllocationNotFound(f"{self!r} was freed")
+        if self.device._has_ended():
+            raise AllocationNotFound(f"{self!r} ended with its communicator")

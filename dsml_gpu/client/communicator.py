@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, cast
@@ -12,13 +12,14 @@ import numpy as np
 
 from dsml_gpu.client.arrays import Device, DeviceArray
 from dsml_gpu.client.rpc import CoordinatorConnection
-from dsml_gpu.errors import CommNotReady, InvalidValue, RankMismatch
+from dsml_gpu.errors import CommNotFound, CommNotReady, DsmlError, InvalidValue, RankMismatch
 from dsml_gpu.reduction import wire_dtype
+from dsml_gpu.schedules import ALL_REDUCE
 from dsml_gpu.wire import gpu_sim_pb2 as pb
 
 OPS = {name.lower(): number for name, number in pb.ReduceOp.items()}
 TRANSPORTS = {name.lower(): number for name, number in pb.Transport.items()}
-ALGORITHMS = ("ring", "naive")
+ALGORITHMS = tuple(ALL_REDUCE)
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,8 +57,10 @@ class Communicator:
     def __init__(self, connection: CoordinatorConnection, response: pb.CommInitResponse) -> None:
         self._connection = connection
         self.comm_id: int = response.commId
-        self.devices = tuple(Device(connection, metadata, self.comm_id) for metadata in response.devices)
         self._closed = False
+        self.devices = tuple(
+            Device(connection, metadata, self.comm_id, lambda: self._closed) for metadata in response.devices
+        )
 
     @property
     def nranks(self) -> int:
@@ -72,7 +75,16 @@ class Communicator:
         self._require_open()
         if len(sources) != self.nranks:
             raise RankMismatch(f"{self.nranks} ranks need one source each, got {len(sources)}")
-        return [device.array(source, dtype) for device, source in zip(self.devices, sources, strict=True)]
+        arrays: list[DeviceArray] = []
+        try:
+            for device, source in zip(self.devices, sources, strict=True):
+                arrays.append(device.array(source, dtype))
+        except BaseException:
+            for array in arrays:
+                with suppress(DsmlError):
+                    array.free()
+            raise
+        return arrays
 
     def empty(self, shape: int | tuple[int, ...], dtype: Any = np.float64) -> list[DeviceArray]:
         """One new array on each device, with undefined contents."""
@@ -135,7 +147,8 @@ class Communicator:
         An exception inside the block drops them.
 
         Args:
-            blocking: return from the block when all is done; otherwise at once, and `wait` or `status` tell the end.
+            blocking: return from the block when all is done; otherwise at once; `status` and `finalize` tell the end, and
+                `DeviceArray.get` waits for it.
 
         Raises:
             GroupMisuse: a group is open; groups do not nest.
@@ -146,7 +159,8 @@ class Communicator:
         try:
             yield group
         except BaseException:
-            self._connection.call("GroupEnd", pb.GroupEndRequest(commId=self.comm_id, discard=True))
+            with suppress(DsmlError):  # what the caller did wrong is the error to be seen
+                self._connection.call("GroupEnd", pb.GroupEndRequest(commId=self.comm_id, discard=True))
             raise
         request = pb.GroupEndRequest(commId=self.comm_id, nonBlocking=not blocking)
         group.result = _result(
@@ -171,10 +185,10 @@ class Communicator:
         """Waits for all collectives, gives the devices back and frees the arrays made here. Idempotent."""
         if self._closed:
             return
+        request = pb.CommDestroyRequest(commId=self.comm_id)
+        with suppress(CommNotFound):  # an earlier try did end it
+            self._connection.call("CommDestroy", request, self._connection.collective_timeout_s)
         self._closed = True
-        self._connection.call(
-            "CommDestroy", pb.CommDestroyRequest(commId=self.comm_id), self._connection.collective_timeout_s
-        )
 
     def __enter__(self) -> Communicator:
         return self

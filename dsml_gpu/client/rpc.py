@@ -8,7 +8,7 @@ from typing import Any
 import grpc
 import numpy as np
 
-from dsml_gpu.errors import PeerUnavailable
+from dsml_gpu.errors import DsmlError, PeerUnavailable, StreamLength, Unavailable
 from dsml_gpu.wire import gpu_sim_pb2 as pb
 from dsml_gpu.wire.codec import Chunk
 from dsml_gpu.wire.status import error_of
@@ -16,7 +16,7 @@ from dsml_gpu.wire.stubs import COPY_SLICE_BYTES, channel_options, coordinator_s
 
 #: Copies up to this size go as one message, larger ones as a stream.
 _UNARY_COPY_BYTES = 1 << 20
-#: A copy may take its control time and what it needs at this speed.
+#: A copy may take the time of a collective and what it needs at this speed.
 _SLOWEST_COPY_BYTES_PER_S = 4 << 20
 
 
@@ -49,14 +49,14 @@ class CoordinatorConnection:
         try:
             return getattr(self._stub, method)(request, timeout=timeout_s or self._timeout_s)
         except grpc.RpcError as failure:
-            raise error_of(failure) from None
+            raise self._error(failure) from None
 
     def write(self, device_id: int, addr: int, data: np.ndarray) -> None:
         """Copies contiguous host bytes (a uint8 array) to device memory."""
         device, address = pb.DeviceId(value=device_id), pb.MemAddr(value=addr)
         if data.nbytes <= _UNARY_COPY_BYTES:
             to_device = pb.MemcpyHostToDeviceRequest(hostSrcData=data.tobytes(), dstDeviceId=device, dstMemAddr=address)
-            self.call("Memcpy", pb.MemcpyRequest(hostToDevice=to_device))
+            self.call("Memcpy", pb.MemcpyRequest(hostToDevice=to_device), self._copy_timeout_s(data.nbytes))
             return
         header = pb.DataChunk(deviceId=device, memAddr=address, numBytes=data.nbytes)
 
@@ -72,7 +72,7 @@ class CoordinatorConnection:
         device, address = pb.DeviceId(value=device_id), pb.MemAddr(value=addr)
         if out.nbytes <= _UNARY_COPY_BYTES:
             to_host = pb.MemcpyDeviceToHostRequest(srcDeviceId=device, srcMemAddr=address, numBytes=out.nbytes)
-            response = self.call("Memcpy", pb.MemcpyRequest(deviceToHost=to_host))
+            response = self.call("Memcpy", pb.MemcpyRequest(deviceToHost=to_host), self._copy_timeout_s(out.nbytes))
             out[:] = np.frombuffer(response.deviceToHost.dstData, dtype=np.uint8)
             return
         request = pb.StreamDeviceToHostRequest(deviceId=device, memAddr=address, numBytes=out.nbytes)
@@ -83,11 +83,20 @@ class CoordinatorConnection:
                 out[filled : filled + piece.size] = piece
                 filled += piece.size
         except grpc.RpcError as failure:
-            raise error_of(failure) from None
+            raise self._error(failure) from None
+        if filled != out.nbytes:
+            raise StreamLength(f"expected {out.nbytes} bytes of device memory, got {filled}")
 
     def close(self) -> None:
         """Closes the connection. Idempotent."""
         self._channel.close()
 
     def _copy_timeout_s(self, nbytes: int) -> float:
-        return self._timeout_s + nbytes / _SLOWEST_COPY_BYTES_PER_S
+        # A copy comes after the collectives that were issued before it.
+        return self.collective_timeout_s + nbytes / _SLOWEST_COPY_BYTES_PER_S
+
+    def _error(self, failure: grpc.RpcError) -> DsmlError:
+        error = error_of(failure)
+        if type(error) is Unavailable:
+            return PeerUnavailable(f"the coordinator at {self.target} does not answer: {error}")
+        return error

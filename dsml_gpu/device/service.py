@@ -211,7 +211,7 @@ class DeviceService:
 
     async def Free(self, request: pb.FreeRequest, context: Any) -> pb.FreeResponse:
         require(request, "memAddr")
-        self._device(request.deviceId.value).allocator.free(request.memAddr.value)
+        self._device(request.deviceId.value).allocator.free(request.memAddr.value, request.commId)
         return pb.FreeResponse()
 
     async def StreamHostToDevice(self, chunks: AsyncIterator[Chunk], context: Any) -> pb.StreamHostToDeviceResponse:

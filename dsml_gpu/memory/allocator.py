@@ -59,20 +59,22 @@ class Allocator:
         insort(self._order, start)
         return start
 
-    def free(self, addr: int) -> None:
+    def free(self, addr: int, owner: int = 0) -> None:
         """Gives a block back.
 
         Raises:
-            AllocationNotFound: `addr` is not the start of a live block.
+            AllocationNotFound: `addr` is not the start of a live block of `owner`.
         """
-        if self._blocks.pop(addr, None) is None:
-            raise AllocationNotFound(f"no allocation starts at address {addr:#x}")
+        block = self._blocks.get(addr)
+        if block is None or block.owner != owner:
+            raise AllocationNotFound(f"no allocation of owner {owner} starts at address {addr:#x}")
+        del self._blocks[addr]
         del self._order[bisect_left(self._order, addr)]
 
     def free_all(self, owner: int) -> None:
         """Gives all blocks of one owner back."""
         for addr in [addr for addr, block in self._blocks.items() if block.owner == owner]:
-            self.free(addr)
+            self.free(addr, owner)
 
 
 def _align(addr: int) -> int:

@@ -6,7 +6,7 @@ To add an algorithm, write one function that returns a `Schedule` in a file of i
 from __future__ import annotations
 
 from dsml_gpu.schedules.naive import naive_all_reduce
-from dsml_gpu.schedules.program import Kind, Move, Program, chunk_bounds, program_for, programs_of
+from dsml_gpu.schedules.program import Kind, Move, Program, chunk_bounds, programs_of
 from dsml_gpu.schedules.ring import ring_all_reduce
 from dsml_gpu.schedules.schedule import Schedule, Transfer
 from dsml_gpu.schedules.verify import InvalidSchedule
@@ -24,7 +24,6 @@ __all__ = [
     "Transfer",
     "chunk_bounds",
     "naive_all_reduce",
-    "program_for",
     "programs_of",
     "ring_all_reduce",
 ]

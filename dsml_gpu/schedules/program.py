@@ -42,11 +42,6 @@ class Program:
     nchunks: int
     steps: tuple[tuple[Move, ...], ...]
 
-    @property
-    def peers(self) -> frozenset[int]:
-        """Ranks that this one exchanges data with."""
-        return frozenset(move.peer for step in self.steps for move in step)
-
 
 @lru_cache(maxsize=256)
 def programs_of(schedule: Schedule) -> tuple[Program, ...]:
@@ -69,11 +64,6 @@ def programs_of(schedule: Schedule) -> tuple[Program, ...]:
         for rank, rank_moves in moves.items():
             steps[rank].append(tuple(rank_moves))
     return tuple(Program(schedule.nchunks, tuple(rank_steps)) for rank_steps in steps)
-
-
-def program_for(schedule: Schedule, rank: int) -> Program:
-    """The program of one rank."""
-    return programs_of(schedule)[rank]
 
 
 def chunk_bounds(count: int, nchunks: int, chunk: int) -> tuple[int, int]:

@@ -380,12 +380,14 @@ class MallocResponse(_message.Message):
     def __init__(self, memAddr: _Optional[_Union[MemAddr, _Mapping]] = ...) -> None: ...
 
 class FreeRequest(_message.Message):
-    __slots__ = ("deviceId", "memAddr")
+    __slots__ = ("deviceId", "memAddr", "commId")
     DEVICEID_FIELD_NUMBER: _ClassVar[int]
     MEMADDR_FIELD_NUMBER: _ClassVar[int]
+    COMMID_FIELD_NUMBER: _ClassVar[int]
     deviceId: DeviceId
     memAddr: MemAddr
-    def __init__(self, deviceId: _Optional[_Union[DeviceId, _Mapping]] = ..., memAddr: _Optional[_Union[MemAddr, _Mapping]] = ...) -> None: ...
+    commId: int
+    def __init__(self, deviceId: _Optional[_Union[DeviceId, _Mapping]] = ..., memAddr: _Optional[_Union[MemAddr, _Mapping]] = ..., commId: _Optional[int] = ...) -> None: ...
 
 class FreeResponse(_message.Message):
     __slots__ = ()

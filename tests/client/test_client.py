@@ -267,3 +267,27 @@ def test_two_local_worlds_do_not_meet() -> None:
         right.all_reduce(theirs)
         assert ours[0].get()[0] == 3
         assert theirs[0].get()[0] == 30
+
+
+def test_arrays_end_with_their_communicator(client: Client) -> None:
+    """What another communicator has allocated at the same address since is out of their reach."""
+    with client.communicator(2) as one:
+        names = [device.device_id for device in one.devices]
+        old = one.array([np.ones(8)] * 2)
+    with client.communicator(device_ids=names) as two:
+        new = two.array([np.full(8, 7.0)] * 2)
+        assert new[0].addr == old[0].addr
+        with pytest.raises(errors.AllocationNotFound, match="ended with its communicator"):
+            old[0].get()
+        with pytest.raises(errors.AllocationNotFound, match="ended with its communicator"):
+            old[0].set(np.zeros(8))
+        old[0].free()
+        assert two.devices[0].array(np.zeros(8)).addr != new[0].addr
+        assert (new[0].get() == 7).all()
+
+
+def test_a_failed_array_leaves_nothing_allocated(client: Client) -> None:
+    with client.communicator(2) as comm:
+        with pytest.raises(errors.InvalidValue):
+            comm.array([np.ones(8), object()])
+        assert comm.devices[0].empty(np.int64(5)).addr == comm.devices[0].min_addr

@@ -101,8 +101,8 @@ def test_a_schedule_that_keeps_chunks_back_runs_with_any_number_of_slices(monkey
     monkeypatch.setitem(ALL_REDUCE, "crossing", lambda nranks: schedule)
     plan.plan_of.cache_clear()
 
-    async def scenario(transport: int, elements: int) -> None:
-        async with ranks(4, transport, stall_timeout_s=3) as world:
+    async def scenario(transport: int, elements: int, slice_bytes: int = 4096) -> None:
+        async with ranks(4, transport, slice_bytes, stall_timeout_s=20) as world:
             inputs = [np.arange(elements) * 1.0 + rank for rank in range(4)]
             for result in await world.all_reduce(inputs, "SUM", "crossing"):
                 np.testing.assert_array_equal(result, np.sum(inputs, axis=0))
@@ -110,4 +110,4 @@ def test_a_schedule_that_keeps_chunks_back_runs_with_any_number_of_slices(monkey
     for elements in (1000, 4000, 100_000):
         asyncio.run(scenario(pb.P2P, elements))
         asyncio.run(scenario(pb.GRPC, elements))
-    asyncio.run(scenario(pb.GRPC, 4 << 20))  # more than gRPC's own buffers hold
+    asyncio.run(scenario(pb.GRPC, 4 << 20, 1 << 17))  # more than gRPC's own buffers hold

@@ -55,15 +55,17 @@ def test_an_owner_ends_with_all_its_blocks_and_no_others() -> None:
     others = allocator.malloc(256, owner=8)
     allocator.free_all(7)
     with pytest.raises(AllocationNotFound):
-        allocator.free(mine[0])
-    allocator.free(others)
+        allocator.free(mine[0], owner=7)
+    with pytest.raises(AllocationNotFound, match="no allocation of owner 7 starts"):
+        allocator.free(others, owner=7)
+    allocator.free(others, owner=8)
 
 
 def test_bad_requests() -> None:
     allocator = Allocator(0, 4096)
     with pytest.raises(InvalidValue, match="at least 1 byte, not 0"):
         allocator.malloc(0)
-    with pytest.raises(AllocationNotFound, match="no allocation starts at address 0x8"):
+    with pytest.raises(AllocationNotFound, match="no allocation of owner 0 starts at address 0x8"):
         allocator.free(8)
     addr = allocator.malloc(10)
     allocator.free(addr)
