@@ -99,7 +99,7 @@ def test_http_1_and_nonsense_do_not_stop_the_server(server: tuple[Rpc, list[str]
 
 def test_health_is_answered_during_the_first_collective_of_many_ranks():
     """The first one of a number of ranks plans its schedule; nobody must take the coordinator for dead meanwhile."""
-    nranks = 128
+    nranks = 64
     with (
         ServerProcess("coordinator", "--memory", "4MiB") as alone,
         rpc_to(alone.address) as rpc,
