@@ -70,6 +70,9 @@ def test_the_table_has_an_unknown_id_for_every_rpc_that_takes_one(service: str):
         ("GPUDevice", "JoinComm"),
         ("GPUDevice", "LeaveComm"),
         ("GPUDevice", "Malloc"),
+        # The allocation is what is not found, where the commId is not the one it was made for.
+        ("GPUDevice", "Free"),
+        ("GPUCoordinator", "Free"),
     }  # a commId, that is
     refused = {
         (case.method, case.refusal)
