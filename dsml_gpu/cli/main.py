@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Annotated, Optional
+from typing import Annotated
 
 import typer
 
@@ -36,23 +36,23 @@ StallTimeout = Annotated[
 SliceBytes = Annotated[
     int, typer.Option("--slice", parser=parse_size, metavar="SIZE", help="Size of the messages that chunks are cut into.")
 ]
-MetricsPort = Annotated[Optional[int], typer.Option(metavar="PORT", help="Serve Prometheus metrics on this port.")]  # noqa: UP045  typer reads it at run time on Python 3.10 as well
+MetricsPort = Annotated[int | None, typer.Option(metavar="PORT", help="Serve Prometheus metrics on this port.")]
 Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Log more.")]
 UntilStdinCloses = Annotated[
     bool, typer.Option("--until-stdin-closes", help="Also stop when standard input ends: with the process that started it.")
 ]
 DeviceAddresses = Annotated[
-    Optional[list[str]],  # noqa: UP045
+    list[str] | None,
     typer.Option("--device", metavar="HOST:PORT", help="A device server to use; may be given several times."),
 ]
 ConfigFile = Annotated[
-    Optional[Path],  # noqa: UP045
+    Path | None,
     typer.Option(
         "--config", exists=True, dir_okay=False, help='TOML file with devices = ["HOST:PORT", ...], used after --device.'
     ),
 ]
 Embedded = Annotated[
-    Optional[int],  # noqa: UP045
+    int | None,
     typer.Option(
         min=0,
         metavar="N",
@@ -72,7 +72,7 @@ def device(
     memory: Memory = "1GiB",  # type: ignore[assignment]  # typer parses defaults as it parses arguments
     backend: BackendName = "auto",
     device_id: Annotated[
-        Optional[int],  # noqa: UP045
+        int | None,
         typer.Option("--id", min=1, max=(1 << 64) - 1, help="Device id. Default: made from host name and port."),
     ] = None,
     min_addr: Annotated[int, typer.Option(min=0, help="Address of the first byte of device memory.")] = 0,
@@ -177,7 +177,7 @@ def demo(
 @app.command()
 def bench(
     target: Annotated[
-        Optional[str],  # noqa: UP045
+        str | None,
         typer.Option(metavar="HOST:PORT", help="Measure a running coordinator. Default: servers started for this."),
     ] = None,
     devices: Annotated[int, typer.Option(min=1, help="Number of ranks.")] = 4,
@@ -192,11 +192,11 @@ def bench(
     iterations: Annotated[int, typer.Option(min=1, help="Runs whose median is the time.")] = 20,
     warmup: Annotated[int, typer.Option(min=0, help="Runs before those.")] = 3,
     json_file: Annotated[
-        Optional[Path],  # noqa: UP045
+        Path | None,
         typer.Option("--json", dir_okay=False, help="Also write the rows to this file."),
     ] = None,
     plot_file: Annotated[
-        Optional[Path],  # noqa: UP045
+        Path | None,
         typer.Option("--plot", dir_okay=False, help="Also draw time against size to this PNG file; needs matplotlib."),
     ] = None,
 ) -> None:
