@@ -9,7 +9,7 @@ from typing import Any, Protocol
 
 import grpc
 
-from dsml_gpu.errors import DeviceNotFound, NoAnswer, OperationTimeout, PeerUnavailable, Unavailable
+from dsml_gpu.errors import DeviceNotFound, NoAnswer, OperationAborted, OperationTimeout, PeerUnavailable, Unavailable
 from dsml_gpu.memory.arena import check_range
 from dsml_gpu.wire import gpu_sim_pb2 as pb
 from dsml_gpu.wire.codec import Chunk
@@ -163,8 +163,13 @@ class DeviceHandle:
             async for chunk in chunks:
                 yield chunk
 
-        with self._named_errors():
-            return int((await self._connection.write(with_header())).numBytes)
+        try:
+            with self._named_errors():
+                return int((await self._connection.write(with_header())).numBytes)
+        except OperationAborted as error:
+            # The stream's end may have hidden why it ended: a device that is gone says nothing any more.
+            await self.refresh()
+            raise OperationAborted(f"{self}: {error}") from None
 
     async def read(self, addr: int, nbytes: int) -> AsyncGenerator[Chunk, None]:
         """Device to host, in pieces."""
