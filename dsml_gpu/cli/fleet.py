@@ -9,6 +9,8 @@ import sys
 from collections.abc import Sequence
 from types import TracebackType
 
+from dsml_gpu.memory.backend import BackendUnavailable, select_backends
+
 _STOP_TIMEOUT_S = 15.0
 
 
@@ -83,8 +85,10 @@ class ServerProcess:
 class Fleet:
     """A coordinator over device servers, each a process of its own on loopback.
 
+    Each server has one device. Where the machine has GPUs and the options name none, the servers take them in turn.
+
     Args:
-        ndevices: number of device servers; their ids are 1..ndevices.
+        ndevices: number of device servers; the ids of their devices are 1..ndevices.
         device_options, coordinator_options: further command line options.
 
     Attributes:
@@ -97,10 +101,13 @@ class Fleet:
 
     def __init__(self, ndevices: int, device_options: Sequence[str] = (), coordinator_options: Sequence[str] = ()) -> None:
         self._processes = contextlib.ExitStack()
+        gpus = _gpus_for(device_options)
         try:
             self.devices = [
-                self._processes.enter_context(ServerProcess("device", "--id", str(number), *device_options, wait=False))
-                for number in range(1, ndevices + 1)
+                self._processes.enter_context(
+                    ServerProcess("device", "--id", str(index + 1), *_gpu_option(gpus, index), *device_options, wait=False)
+                )
+                for index in range(ndevices)
             ]
             for device in self.devices:
                 device.wait_until_ready()
@@ -122,3 +129,20 @@ class Fleet:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self.stop()
+
+
+def _gpus_for(device_options: Sequence[str]) -> int:
+    """How many GPUs servers with these options are to be spread over; 0 where they have none, or have named theirs."""
+    words = [word for option in device_options for word in option.split("=", 1)]
+    if "--gpu" in words:
+        return 0
+    backend = words[words.index("--backend") + 1] if "--backend" in words else "auto"
+    try:
+        backends, _ = select_backends(backend)
+    except (BackendUnavailable, ValueError):
+        return 0  # the servers say it better
+    return sum(chosen.name == "cupy" for chosen in backends)
+
+
+def _gpu_option(gpus: int, index: int) -> list[str]:
+    return ["--gpu", str(index % gpus)] if gpus else []

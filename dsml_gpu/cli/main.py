@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from dsml_gpu.cli.units import format_size, parse_size
+from dsml_gpu.cli.units import parse_size
 
 app = typer.Typer(
     name="dsml-gpu",
@@ -25,6 +25,15 @@ Memory = Annotated[
 ]
 BackendName = Annotated[
     str, typer.Option("--backend", metavar="auto|numpy|cupy", help="Where device memory is. auto: CuPy when a GPU answers.")
+]
+Gpus = Annotated[
+    list[int] | None,
+    typer.Option(
+        "--gpu",
+        min=0,
+        metavar="N",
+        help="Use this GPU; may be given several times, also the same one. Default: every GPU of the machine.",
+    ),
 ]
 MaxMessage = Annotated[
     int,
@@ -71,9 +80,15 @@ def device(
     port: Annotated[int, typer.Option(min=0, max=65535, help="Port to listen on; 0 takes a free one.")] = 50051,
     memory: Memory = "1GiB",  # type: ignore[assignment]  # typer parses defaults as it parses arguments
     backend: BackendName = "auto",
+    gpus: Gpus = None,
     device_id: Annotated[
         int | None,
-        typer.Option("--id", min=1, max=(1 << 64) - 1, help="Device id. Default: made from host name and port."),
+        typer.Option(
+            "--id",
+            min=1,
+            max=(1 << 64) - 1,
+            help="Id of the device, of several the first; the others count on. Default: made from host name and port.",
+        ),
     ] = None,
     min_addr: Annotated[int, typer.Option(min=0, help="Address of the first byte of device memory.")] = 0,
     max_message: MaxMessage = "1GiB",  # type: ignore[assignment]
@@ -83,12 +98,12 @@ def device(
     until_stdin_closes: UntilStdinCloses = False,
     verbose: Verbose = False,
 ) -> None:
-    """Serve one device."""
+    """Serve one device, or one for each GPU."""
     from dsml_gpu.cli import serve
     from dsml_gpu.device.server import DeviceConfig, DeviceServer
 
     serve.set_up_logging(verbose)
-    chosen, why = serve.backend_or_exit(backend)
+    backends, why = serve.backends_or_exit(backend, gpus or ())
     config = serve.config_or_exit(
         DeviceConfig,
         host=host,
@@ -96,18 +111,16 @@ def device(
         device_id=device_id,
         memory_bytes=memory,
         min_addr=min_addr,
-        backend=chosen,
+        backends=backends,
         max_message_bytes=max_message + serve.MESSAGE_OVERHEAD_BYTES,
         transfers=serve.transfer_settings_or_exit(slice_bytes, stall_timeout),
     )
-
-    def ready(server: DeviceServer) -> str:
-        return (
-            f"dsml-gpu device {server.device.device_id} listening on {server.address} "
-            f"({format_size(memory)} of device memory; {why})"
-        )
-
-    serve.run(lambda: DeviceServer(config), ready, until_stdin_closes=until_stdin_closes, metrics_port=metrics_port)
+    serve.run(
+        lambda: DeviceServer(config),
+        lambda server: serve.device_line(server, why),
+        until_stdin_closes=until_stdin_closes,
+        metrics_port=metrics_port,
+    )
 
 
 def coordinator(
@@ -119,6 +132,7 @@ def coordinator(
     embedded: Embedded = None,
     memory: Memory = "1GiB",  # type: ignore[assignment]
     backend: BackendName = "auto",
+    gpus: Gpus = None,
     transport: TransportName = "auto",
     max_message: MaxMessage = "1GiB",  # type: ignore[assignment]
     slice_bytes: SliceBytes = "512KiB",  # type: ignore[assignment]
@@ -134,7 +148,7 @@ def coordinator(
     from dsml_gpu.coordinator.service import CoordinatorSettings
 
     serve.set_up_logging(verbose)
-    chosen, why = serve.backend_or_exit(backend)
+    backends, why = serve.backends_or_exit(backend, gpus or ())
     config = serve.config_or_exit(
         CoordinatorConfig,
         host=host,
@@ -142,7 +156,7 @@ def coordinator(
         devices=(*(devices or ()), *serve.devices_of(config_file)),
         embedded=embedded,
         memory_bytes=memory,
-        backend=chosen,
+        backends=backends,
         max_message_bytes=max_message + serve.MESSAGE_OVERHEAD_BYTES,
         settings=CoordinatorSettings(
             serve.transport_or_exit(transport), stall_timeout, operation_timeout, max_message + serve.MESSAGE_OVERHEAD_BYTES
@@ -218,6 +232,23 @@ def bench(
         warmup=warmup,
     )
     run(setup, json_file, plot_file)
+
+
+kernels_app = typer.Typer(help="The CUDA kernels that reduce.", no_args_is_help=True)
+app.add_typer(kernels_app, name="kernels")
+
+
+@kernels_app.command("build")
+def kernels_build(gpus: Gpus = None) -> None:
+    """Compile all kernels for the GPUs of this machine, so that no collective waits for it later."""
+    from dsml_gpu.cli.kernels import build
+
+    build(gpus or [])
+
+
+@kernels_app.callback()
+def _kernels() -> None:
+    """Keeps ``build`` a command of its own while it is the only one."""
 
 
 def main() -> None:

@@ -9,7 +9,7 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn, Protocol, TypeVar
 
@@ -17,10 +17,11 @@ import typer
 
 from dsml_gpu.cli.units import format_size
 from dsml_gpu.coordinator.server import CoordinatorServer
+from dsml_gpu.device.server import DeviceServer
 from dsml_gpu.device.service import TransferSettings
 from dsml_gpu.errors import DsmlError
 from dsml_gpu.memory.arena import MIN_ARENA_BYTES
-from dsml_gpu.memory.backend import Backend, BackendUnavailable, select_backend
+from dsml_gpu.memory.backend import Backend, BackendUnavailable, select_backends
 from dsml_gpu.wire import gpu_sim_pb2 as pb
 from dsml_gpu.wire.server import PortInUse, RpcServer
 
@@ -92,6 +93,16 @@ def _set_at_end_of_stdin(loop: asyncio.AbstractEventLoop, ended: asyncio.Event) 
         loop.call_soon_threadsafe(ended.set)
 
 
+def device_line(server: DeviceServer, why: str) -> str:
+    """What `device` says when it is ready."""
+    several = len(server.devices) > 1
+    ids = ", ".join(str(device.device_id) for device in server.devices)
+    return (
+        f"dsml-gpu device{'s' if several else ''} {ids} listening on {server.address} "
+        f"({format_size(server.config.memory_bytes)} of device memory{' each' if several else ''}; {why})"
+    )
+
+
 def line(server: CoordinatorServer, why: str) -> str:
     """What `coordinator` says when it is ready."""
     return f"dsml-gpu coordinator listening on {server.address} ({_devices(server)}; {why})"
@@ -114,7 +125,7 @@ def summary(server: CoordinatorServer, why: str) -> str:
         "  stop       Ctrl-C",
     ]
     lines[3:3] = [
-        f"      device {handle.device_id} at {handle.address}, {handle.metadata.backend}"
+        f"      device {handle.device_id} at {handle.address}, {_place(handle.metadata)}"
         if handle.reachable
         else f"      {handle.address} does not answer yet"
         for handle in server.registry.handles
@@ -122,12 +133,18 @@ def summary(server: CoordinatorServer, why: str) -> str:
     return "\n".join(lines)
 
 
+def _place(device: pb.DeviceMetadata) -> str:
+    return f"{device.backend} on GPU {device.gpu}" if device.backend == "cupy" else device.backend
+
+
 def _devices(server: CoordinatorServer) -> str:
     config = server.config
-    answering = sum(handle.reachable for handle in server.registry.handles if not handle.embedded)
+    answering = [remote for remote in server.registry.servers if remote.reachable]
+    ndevices = sum(len(remote.handles) for remote in answering)
     parts = []
     if config.devices:
-        parts.append(f"{answering} of {len(config.devices)} device servers answer")
+        having = f" and have {ndevices} devices" if ndevices != len(answering) else ""
+        parts.append(f"{len(answering)} of {len(config.devices)} device servers answer{having}")
     if config.embedded_limit:
         how = "on demand up to " if config.embedded is None else ""
         parts.append(f"{how}{config.embedded_limit} embedded devices of {format_size(config.memory_bytes)}")
@@ -139,12 +156,14 @@ def set_up_logging(verbose: bool) -> None:
     logging.basicConfig(
         level=logging.INFO if verbose else logging.WARNING, format="%(asctime)s %(levelname)s %(name)s: %(message)s"
     )
+    # A first collective that takes seconds longer than the next says why.
+    logging.getLogger("dsml_gpu.reduction").setLevel(logging.INFO)
 
 
-def backend_or_exit(name: str) -> tuple[Backend, str]:
-    """See `select_backend`."""
+def backends_or_exit(name: str, gpus: Sequence[int]) -> tuple[tuple[Backend, ...], str]:
+    """See `select_backends`."""
     try:
-        return select_backend(name)
+        return select_backends(name, gpus)
     except (BackendUnavailable, ValueError) as error:
         fail(str(error))
 

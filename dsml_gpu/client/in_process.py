@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import threading
+from collections.abc import Sequence
 from concurrent.futures import Future
 
 from dsml_gpu.client.client import Client, connect
 from dsml_gpu.coordinator.server import DEFAULT_MEMORY_BYTES, CoordinatorConfig, CoordinatorServer
-from dsml_gpu.memory.backend import select_backend
+from dsml_gpu.memory.backend import select_backends
 
 
-def local(devices: int = 4, *, memory_bytes: int = DEFAULT_MEMORY_BYTES, backend: str = "auto") -> Client:
+def local(
+    devices: int = 4, *, memory_bytes: int = DEFAULT_MEMORY_BYTES, backend: str = "auto", gpus: Sequence[int] = ()
+) -> Client:
     """Starts a coordinator with embedded devices in a thread of this process, and connects to it.
 
     It listens on a free port of 127.0.0.1; closing the client stops it.
@@ -20,12 +23,14 @@ def local(devices: int = 4, *, memory_bytes: int = DEFAULT_MEMORY_BYTES, backend
         devices: how many devices it has.
         memory_bytes: address space of each; memory is used only where it is touched (numpy) or once it is touched (CuPy).
         backend: ``"auto"``, ``"numpy"`` or ``"cupy"``.
+        gpus: numbers of the GPUs that the devices take in turn; none: all GPUs of the machine.
 
     Raises:
-        BackendUnavailable: ``"cupy"`` was asked for and cannot run here.
+        BackendUnavailable: ``"cupy"`` or a GPU was asked for and cannot be had here.
+        ValueError: another backend, or GPUs together with numpy.
     """
-    chosen, _ = select_backend(backend)
-    thread = _CoordinatorThread(CoordinatorConfig(port=0, embedded=devices, memory_bytes=memory_bytes, backend=chosen))
+    backends, _ = select_backends(backend, gpus)
+    thread = _CoordinatorThread(CoordinatorConfig(port=0, embedded=devices, memory_bytes=memory_bytes, backends=backends))
     try:
         client = connect(thread.address)
     except BaseException:

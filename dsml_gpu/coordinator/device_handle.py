@@ -9,7 +9,15 @@ from typing import Any, Protocol
 
 import grpc
 
-from dsml_gpu.errors import DeviceNotFound, NoAnswer, OperationAborted, OperationTimeout, PeerUnavailable, Unavailable
+from dsml_gpu.errors import (
+    DeviceNotFound,
+    DsmlError,
+    NoAnswer,
+    OperationAborted,
+    OperationTimeout,
+    PeerUnavailable,
+    Unavailable,
+)
 from dsml_gpu.memory.arena import check_range
 from dsml_gpu.wire import gpu_sim_pb2 as pb
 from dsml_gpu.wire.codec import Chunk
@@ -111,13 +119,15 @@ class DeviceHandle:
     def __str__(self) -> str:
         return f"device {self.device_id or '?'} at {self.address}"
 
-    async def refresh(self) -> None:
-        """Asks the device who it is. Raises PeerUnavailable where it does not answer."""
-        response = await self.call("GetDeviceMetadata", pb.GetDeviceMetadataRequest())
-        self.metadata.CopyFrom(response.metadata)
+    def update(self, metadata: pb.DeviceMetadata) -> None:
+        """Takes what the device's server says of it, which has just answered."""
+        self.metadata.CopyFrom(metadata)
         # The address that others reach it by is the one that reached it, not what it believes of itself.
         self.metadata.address = self.address
         self.reachable = True
+
+    async def retry_leaves(self) -> None:
+        """Tells the device of the ends of communicators that it did not hear."""
         for comm_id in sorted(self._unheard_leaves):
             await self.leave(comm_id)
 
@@ -168,7 +178,7 @@ class DeviceHandle:
                 return int((await self._connection.write(with_header())).numBytes)
         except OperationAborted as error:
             # The stream's end may have hidden why it ended: a device that is gone says nothing any more.
-            await self.refresh()
+            await self.call("GetDeviceMetadata", pb.GetDeviceMetadataRequest(deviceId=self.device_id))
             raise OperationAborted(f"{self}: {error}") from None
 
     async def read(self, addr: int, nbytes: int) -> AsyncGenerator[Chunk, None]:
@@ -186,17 +196,28 @@ class DeviceHandle:
 
     @contextmanager
     def _named_errors(self) -> Iterator[None]:
-        """Connection errors say which device they are about."""
+        """Connection errors say which device they are about, and so does that its server no longer has it."""
         try:
             yield
-        except PeerUnavailable:  # what a device that answers says of its peer
-            raise
-        except Unavailable as error:
+        except DsmlError as error:
+            lost = lost_connection(str(self), error)
+            if isinstance(error, DeviceNotFound) and not self.embedded:
+                lost = PeerUnavailable(f"{self} is gone, its server was restarted without it: {error}")
+            if lost is None:
+                raise
             self.reachable = False
-            raise PeerUnavailable(f"{self} does not answer: {error}") from None
-        except NoAnswer as error:
-            self.reachable = False
-            raise NoAnswer(f"{self} does not answer: {error}") from None
+            raise lost from None
+
+
+def lost_connection(who: str, error: DsmlError) -> DsmlError | None:
+    """The error of a call that nobody answered, saying whom it was for; None where `error` is an answer."""
+    if isinstance(error, PeerUnavailable):  # what a device that answers says of its peer
+        return None
+    if isinstance(error, Unavailable):
+        return PeerUnavailable(f"{who} does not answer: {error}")
+    if isinstance(error, NoAnswer):
+        return NoAnswer(f"{who} does not answer: {error}")
+    return None
 
 
 def pieces(data: bytes) -> AsyncIterator[Chunk]:

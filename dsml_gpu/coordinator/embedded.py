@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import AsyncGenerator, AsyncIterator, Iterable
+from collections.abc import AsyncGenerator, AsyncIterator, Iterable, Sequence
 from typing import Any
 
 from dsml_gpu.coordinator.device_handle import DeviceHandle
@@ -25,14 +25,14 @@ class EmbeddedDevices:
         service: serves them to other device servers.
         limit: how many there may be at a time.
         memory_bytes: address space of each.
-        backend: where their memory is.
+        backends: where their memory is; new devices take them in turn.
     """
 
-    def __init__(self, service: DeviceService, limit: int, memory_bytes: int, backend: Backend) -> None:
+    def __init__(self, service: DeviceService, limit: int, memory_bytes: int, backends: Sequence[Backend]) -> None:
         self.service = service
         self.limit = limit
         self._memory_bytes = memory_bytes
-        self._backend = backend
+        self._backends = itertools.cycle(backends)
         self._count = 0
         self._last_id = 0
 
@@ -51,7 +51,7 @@ class EmbeddedDevices:
         taken = set(taken_ids)
         device_id = next(number for number in itertools.count(self._last_id + 1) if number not in taken)
         self._last_id = device_id
-        device = Device(device_id, Arena(self._memory_bytes, self._backend))
+        device = Device(device_id, Arena(self._memory_bytes, next(self._backends)))
         self.service.add(device)
         self._count += 1
         metadata = self.service.metadata(device)

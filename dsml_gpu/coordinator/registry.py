@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dsml_gpu.coordinator.device_handle import DeviceHandle, RemoteConnection
 from dsml_gpu.coordinator.embedded import EmbeddedDevices
 from dsml_gpu.coordinator.plan import MAX_RANKS
+from dsml_gpu.coordinator.server_handle import ServerHandle
 from dsml_gpu.errors import DeviceNotFound, DsmlError, InvalidValue, OutOfDevices, PeerUnavailable
 from dsml_gpu.transport.grpc import ChannelPool
 
@@ -19,16 +20,19 @@ class DeviceRegistry:
     """Devices of configured servers, and embedded ones.
 
     Args:
-        addresses: host:port of device servers, in the order in which communicators take them.
+        addresses: host:port of device servers, in the order in which communicators take their devices.
         embedded: makes devices of this process.
         stall_timeout_s: a copy to or from a device server fails when nothing moves for so long.
+
+    Attributes:
+        servers: the configured ones, in that order.
     """
 
     def __init__(self, addresses: Sequence[str], embedded: EmbeddedDevices, stall_timeout_s: float) -> None:
         self._channels = ChannelPool()
         self._embedded = embedded
-        self._remote = [
-            DeviceHandle(RemoteConnection(self._channels.stub(address), stall_timeout_s), address) for address in addresses
+        self.servers = [
+            ServerHandle(RemoteConnection(self._channels.stub(address), stall_timeout_s), address) for address in addresses
         ]
         self._local: list[DeviceHandle] = []
 
@@ -49,16 +53,25 @@ class DeviceRegistry:
 
     @property
     def handles(self) -> list[DeviceHandle]:
-        """All devices, configured ones first."""
+        """All devices, those of configured servers first."""
         return [*self._remote, *self._local]
+
+    @property
+    def _remote(self) -> list[DeviceHandle]:
+        return [handle for server in self.servers for handle in server.handles]
+
+    @property
+    def _by_right(self) -> list[DeviceHandle]:
+        """All devices; of several with one id, the one that has it by right comes first."""
+        return [*self._local, *sorted(self._remote, key=lambda handle: (not handle.comm_ids, not handle.reachable))]
 
     def _ids(self) -> set[int]:
         return {handle.device_id for handle in self.handles}
 
     async def refresh(self) -> None:
-        """Asks every configured device server who it is; `handle.reachable` tells who answered.
+        """Asks every configured server which devices it has; `handle.reachable` tells which there are.
 
-        A server that comes up with the id of another device is not used.
+        A device that comes up with the id of another one is not used.
         """
         await self._ask_all()
         for one, other in self._duplicates():
@@ -66,18 +79,23 @@ class DeviceRegistry:
             other.reachable = False
 
     async def _ask_all(self) -> None:
-        for result in await asyncio.gather(*(handle.refresh() for handle in self._remote), return_exceptions=True):
+        for result in await asyncio.gather(*(server.refresh() for server in self.servers), return_exceptions=True):
             if isinstance(result, DsmlError):
                 log.warning("%s", result)
             elif isinstance(result, BaseException):
                 raise result
 
     def _duplicates(self) -> list[tuple[DeviceHandle, DeviceHandle]]:
-        """Pairs of devices with the same id: the one that has it by right, and the other."""
+        """Pairs of devices with the same id: the one that has it by right, and the other, which has answered.
+
+        A communicator keeps the id of its device also where that one does not answer: nobody is to take its place there.
+        """
         seen: dict[int, DeviceHandle] = {}
         pairs = []
-        for handle in [*self._local, *sorted(self._remote, key=lambda handle: not handle.comm_ids)]:
-            if handle.reachable and seen.setdefault(handle.device_id, handle) is not handle:
+        for handle in self._by_right:
+            if not handle.reachable and not handle.comm_ids:
+                continue
+            if seen.setdefault(handle.device_id, handle) is not handle:
                 pairs.append((seen[handle.device_id], handle))
         return pairs
 
@@ -87,7 +105,7 @@ class DeviceRegistry:
         Raises:
             DeviceNotFound: there is none.
         """
-        for handle in self.handles:
+        for handle in self._by_right:
             if handle.device_id == device_id != 0:
                 return handle
         raise DeviceNotFound(f"no device {device_id}; there are {_id_list(self._ids())}")
@@ -104,12 +122,21 @@ class DeviceRegistry:
         missing = count - len(free)
         room = self._embedded.limit - len(self._embedded)
         if missing > room:
-            silent = [handle.address for handle in self._remote if not handle.reachable and not handle.comm_ids]
+            # Not those that have answered with the id of another one.
+            silent = [
+                handle
+                for handle in self._remote
+                if not handle.reachable
+                and not handle.comm_ids
+                and (not handle.device_id or self.device(handle.device_id) is handle)
+            ]
             message = (
                 f"{count} devices were asked for; {len(free)} of {len(self.handles)} are free, {room} more can be embedded"
             )
-            if len(silent) >= missing - room:
-                raise PeerUnavailable(f"{message}, and these do not answer: {', '.join(silent)}")
+            # How many devices a server has that never answered, nobody knows.
+            if len(silent) >= missing - room or not all(server.has_answered for server in self.servers):
+                addresses = ", ".join(dict.fromkeys(handle.address for handle in silent))
+                raise PeerUnavailable(f"{message}, and these do not answer: {addresses}")
             raise OutOfDevices(f"{message}; destroy a communicator, or name the devices to share them")
         _check_size(count)
         for _ in range(missing):
@@ -157,7 +184,7 @@ class DeviceRegistry:
 
 def _same_id(one: DeviceHandle, other: DeviceHandle) -> str:
     return (
-        f"device ids must differ, but the servers at {one.address} and {other.address} both say {one.device_id}; "
+        f"device ids must differ, but the servers at {one.address} and {other.address} both have {one.device_id}; "
         f"start one of them with another --id"
     )
 

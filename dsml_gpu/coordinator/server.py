@@ -28,7 +28,7 @@ class CoordinatorConfig:
         embedded: this many devices in the coordinator's process from the start. None: none beside configured devices,
             and without those as many as are asked for, up to `DEFAULT_EMBEDDED_LIMIT`.
         memory_bytes: address space of each embedded device.
-        backend: where embedded devices have their memory.
+        backends: where embedded devices have their memory; they take them in turn.
         max_message_bytes: larger messages are refused.
     """
 
@@ -37,7 +37,7 @@ class CoordinatorConfig:
     devices: tuple[str, ...] = ()
     embedded: int | None = None
     memory_bytes: int = DEFAULT_MEMORY_BYTES
-    backend: Backend = NUMPY
+    backends: tuple[Backend, ...] = (NUMPY,)
     max_message_bytes: int = DEFAULT_MAX_MESSAGE_BYTES
     settings: CoordinatorSettings = field(default_factory=CoordinatorSettings)
     transfers: TransferSettings = field(default_factory=TransferSettings)
@@ -72,7 +72,7 @@ class CoordinatorServer:
         self.rpc.bind()
         # Embedded devices are peers of others: they are reached at the coordinator's own address.
         devices = DeviceService(self.rpc.address, config.transfers)
-        self._embedded = EmbeddedDevices(devices, config.embedded_limit, config.memory_bytes, config.backend)
+        self._embedded = EmbeddedDevices(devices, config.embedded_limit, config.memory_bytes, config.backends)
         self.registry = DeviceRegistry(config.devices, self._embedded, config.settings.stall_timeout_s)
         await self.registry.start(config.embedded or 0)
         self._service = CoordinatorService(self.registry, config.settings)

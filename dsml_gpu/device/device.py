@@ -7,6 +7,10 @@ from dataclasses import dataclass
 from dsml_gpu.errors import CommNotFound, InvalidValue
 from dsml_gpu.memory.allocator import Allocator
 from dsml_gpu.memory.arena import Arena
+from dsml_gpu.reduction import HostReducer, Reducer
+
+#: Shared by all devices: what it compiles, it compiles once.
+_HOST_REDUCER = HostReducer()
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +65,15 @@ class Device:
         self.device_id = device_id
         self.arena = arena
         self.allocator = Allocator(arena.min_addr, arena.max_addr)
+        self._reducer: Reducer | None = None
         self._memberships: dict[int, Membership] = {}
+
+    @property
+    def reducer(self) -> Reducer:
+        """Reduces in the device's memory, in order with the work queued on it."""
+        if self._reducer is None:
+            self._reducer = _reducer_of(self.arena)
+        return self._reducer
 
     def join(self, membership: Membership) -> None:
         """Enters a communicator; replaces what the device knew of it."""
@@ -88,3 +100,14 @@ class Device:
 
     def __repr__(self) -> str:
         return f"Device({self.device_id}, {self.arena!r}, {len(self._memberships)} communicators)"
+
+
+def _reducer_of(arena: Arena) -> Reducer:
+    if arena.backend.name == "numpy":
+        return _HOST_REDUCER
+    # Not before there is a GPU: both import CuPy.
+    from dsml_gpu.memory.cuda import CudaMemory
+    from dsml_gpu.reduction.cuda import CudaReducer
+
+    assert isinstance(arena.memory, CudaMemory)
+    return CudaReducer(arena.memory.gpu, arena.memory.compute)

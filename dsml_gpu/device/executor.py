@@ -19,9 +19,10 @@ from typing import Any
 import numpy as np
 
 from dsml_gpu.device.dataflow import Access, Dataflow
+from dsml_gpu.device.device import Device
 from dsml_gpu.errors import DsmlError, OperationAborted, OperationTimeout, OutOfMemory
 from dsml_gpu.memory.arena import Arena
-from dsml_gpu.reduction import Operator, reduce_into
+from dsml_gpu.reduction import Operator
 from dsml_gpu.schedules import Kind, chunk_bounds
 from dsml_gpu.transport.link import RecvLink, SendLink
 from dsml_gpu.wire.timeouts import StallWatch
@@ -63,15 +64,17 @@ class GroupExecution:
     """One rank's part of a group of operations, run one after the other over the same links.
 
     Args:
-        arena: the rank's memory.
+        device: the rank's; its reducer is ready for the operations.
         nranks: what an average divides by.
         links: open links to all peers of the programs; finished or aborted when `run` ends.
         slice_bytes: chunks are cut into pieces of this size; a multiple of every item size.
         stall_timeout_s: `run` gives up when no slice has come or gone for so long.
     """
 
-    def __init__(self, arena: Arena, nranks: int, links: Links, slice_bytes: int, stall_timeout_s: float) -> None:
-        self._arena = arena
+    def __init__(self, device: Device, nranks: int, links: Links, slice_bytes: int, stall_timeout_s: float) -> None:
+        self._arena = device.arena
+        self._memory = device.arena.memory
+        self._reducer = device.reducer
         self._nranks = nranks
         self._links = links
         self._slice_bytes = slice_bytes
@@ -110,7 +113,7 @@ class GroupExecution:
     async def _run_all(self, operations: Sequence[Operation]) -> None:
         for operation in operations:
             await self._run_one(operation)
-        self._arena.backend.synchronize()
+        await self._memory.finish()
         for send in self._links.send.values():
             send.end()
         for recv in self._links.recv.values():
@@ -163,7 +166,7 @@ class GroupExecution:
             for piece in chunks[access.move.chunk]:
                 data = await link.recv(piece.nbytes)
                 if piece.reads < reads or piece.writes < writes:
-                    kept.append((piece, data.copy() if link.lends else data))
+                    kept.append((piece, self._memory.clone(data) if link.lends else data))
                 else:
                     self._apply(access.move.kind, piece, data, operation)
                 link.release()
@@ -185,19 +188,10 @@ class GroupExecution:
     def _combine(self, kind: Kind, piece: _Slice, data: Any, operation: Operation) -> None:
         target = self._arena.view(piece.addr, piece.nbytes)
         if kind is Kind.COPY:
-            target[...] = data
+            self._memory.copy(target, data)
             return
         divisor = self._nranks if operation.operator.averages and kind is Kind.REDUCE_LAST else 1
-        self._reduce(operation, target, data, divisor)
-
-    def _reduce(self, operation: Operation, target: Any, data: Any, divisor: int) -> None:
-        backend, operator, dtype = self._arena.backend, operation.operator, operation.dtype
-        if backend.computes(target, dtype) and backend.computes(data, dtype):
-            reduce_into(backend.xp, operator, target.view(dtype), data.view(dtype), divisor)
-            return
-        accumulator = backend.to_host(target)
-        reduce_into(np, operator, accumulator.view(dtype), backend.to_host(data).view(dtype), divisor)
-        target[...] = backend.from_host(accumulator)
+        self._reducer.reduce(operation.operator, operation.dtype, (target, data), (target,), divisor)
 
 
 class _Outbox:

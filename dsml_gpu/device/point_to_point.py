@@ -78,7 +78,7 @@ class PointToPoint:
         """
         device.arena.check(addr, nbytes)
         stream_id = new_stream_id()
-        link = GrpcSendLink(self._channels.stub(peer.address), stream_id, device.arena.backend, str(peer))
+        link = GrpcSendLink(self._channels.stub(peer.address), stream_id, device.arena.memory, str(peer))
         self._follow(stream_id, self._send(device, addr, nbytes, link))
         return stream_id
 
@@ -167,11 +167,11 @@ class PointToPoint:
             while (message := await in_time(stream.messages.get(), self._stall_timeout_s, "data")) is not None:
                 if received + len(message) > nbytes:
                     raise StreamLength(f"expected {nbytes} bytes, got at least {received + len(message)}")
-                device.arena.write(addr + received, message)
+                await device.arena.write(addr + received, message)
                 received += len(message)
             if received < nbytes:
                 raise await early_end(stream, f"expected {nbytes} bytes, got {received}")
-            device.arena.backend.synchronize()
+            await device.arena.memory.finish()
             stream.complete()
         except DsmlError as error:
             stream.fail(error)

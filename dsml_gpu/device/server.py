@@ -1,4 +1,4 @@
-"""A device server as a running process."""
+"""A device server as a running process, with one or more devices."""
 
 from __future__ import annotations
 
@@ -20,9 +20,14 @@ class DeviceConfig:
 
     Attributes:
         host, port: where it listens; port 0 takes a free one.
-        device_id: unique among the devices of a coordinator; None: made from host name and port, the same at every start.
-        memory_bytes: size of device memory.
+        device_id: of the first device, unique among the devices of a coordinator; the others have the ids that follow.
+            None: all made from host name and port, the same at every start.
+        memory_bytes: size of each device's memory.
         min_addr: address of its first byte.
+        backends: where device memory is: one device for each, in this order. One may stand several times.
+
+    Raises:
+        ValueError: no backends, or ids outside 1 .. 2**64 - 1.
     """
 
     host: str = "127.0.0.1"
@@ -30,17 +35,28 @@ class DeviceConfig:
     device_id: int | None = None
     memory_bytes: int = 1 << 30
     min_addr: int = 0
-    backend: Backend = NUMPY
+    backends: tuple[Backend, ...] = (NUMPY,)
     max_message_bytes: int = DEFAULT_MAX_MESSAGE_BYTES
     transfers: TransferSettings = field(default_factory=TransferSettings)
 
+    def __post_init__(self) -> None:
+        if not self.backends:
+            raise ValueError("a device server needs at least one backend")
+        if self.device_id is not None and not 1 <= self.device_id <= (1 << 64) - len(self.backends):
+            raise ValueError(f"{len(self.backends)} device ids from {self.device_id} on are not all within 1 .. 2**64 - 1")
+
 
 class DeviceServer:
-    """Starts and stops a device server. All calls come from one event loop."""
+    """Starts and stops a device server. All calls come from one event loop.
+
+    Attributes:
+        devices: what it hosts, in the order of `DeviceConfig.backends`; empty before `start`.
+    """
 
     def __init__(self, config: DeviceConfig) -> None:
         self.config = config
         self.rpc = RpcServer(config.host, config.port, config.max_message_bytes)
+        self.devices: tuple[Device, ...] = ()
 
     @property
     def address(self) -> str:
@@ -55,10 +71,16 @@ class DeviceServer:
         """
         config = self.config
         self.rpc.bind()
-        arena = Arena(config.memory_bytes, config.backend, config.min_addr)
-        self.device = Device(config.device_id or default_device_id(self.rpc.port), arena)
+        self.devices = tuple(
+            Device(
+                default_device_id(self.rpc.port, position) if config.device_id is None else config.device_id + position,
+                Arena(config.memory_bytes, backend, config.min_addr),
+            )
+            for position, backend in enumerate(config.backends)
+        )
         self._service = DeviceService(self.rpc.address, config.transfers)
-        self._service.add(self.device)
+        for device in self.devices:
+            self._service.add(device)
         await self.rpc.start({"GPUDevice": self._service}, config.transfers.stall_timeout_s)
 
     async def stop(self, drain_s: float = 10.0) -> None:
@@ -67,6 +89,11 @@ class DeviceServer:
         await self._service.close()
 
 
-def default_device_id(port: int) -> int:
-    """The same for the same host and port at every start, and as good as never the same for two."""
-    return zlib.crc32(f"{socket.gethostname()}:{port}".encode()) or 1
+def default_device_id(port: int, position: int = 0) -> int:
+    """The same for the same host, port and position at every start, and as good as never the same for two.
+
+    Args:
+        position: of the device on its server; the first one's id is that of a server with no other.
+    """
+    name = f"{socket.gethostname()}:{port}" + (f":{position}" if position else "")
+    return zlib.crc32(name.encode()) or 1

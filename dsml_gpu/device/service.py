@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
+import itertools
 import secrets
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections import deque
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -21,7 +24,8 @@ from dsml_gpu.errors import (
     OperationAborted,
     StreamLength,
 )
-from dsml_gpu.reduction import dtype_of, elements_in, operator_of
+from dsml_gpu.memory.device_memory import Download
+from dsml_gpu.reduction import Reducer, dtype_of, elements_in, operator_of
 from dsml_gpu.schedules import Kind, Move, Program
 from dsml_gpu.transport.grpc import ChannelPool, GrpcRecvLink, GrpcSendLink, serve_stream_send
 from dsml_gpu.transport.incoming import IncomingTable
@@ -100,7 +104,12 @@ class DeviceService:
     # ---- the original contract ----------------------------------------------------------------------------------------
 
     async def GetDeviceMetadata(self, request: pb.GetDeviceMetadataRequest, context: Any) -> pb.GetDeviceMetadataResponse:
-        return pb.GetDeviceMetadataResponse(metadata=self.metadata(self._device(request.deviceId)))
+        # A client of the original contract names no device: it learns of the first.
+        first = next(iter(self._devices), 0)
+        return pb.GetDeviceMetadataResponse(
+            metadata=self.metadata(self._device(request.deviceId or first)),
+            devices=[self.metadata(device) for device in self._devices.values()],
+        )
 
     def metadata(self, device: Device) -> pb.DeviceMetadata:
         """What the contract tells of a device."""
@@ -113,6 +122,7 @@ class DeviceService:
             backend=arena.backend.name,
             deviceName=arena.backend.device_name,
             processUid=self._process_uid,
+            gpu=arena.backend.gpu,
         )
 
     async def BeginSend(self, request: pb.BeginSendRequest, context: Any) -> pb.BeginSendResponse:
@@ -168,8 +178,9 @@ class DeviceService:
         slice_bytes = request.sliceBytes or self._settings.slice_bytes
         check_slice_bytes(slice_bytes)
         stall_timeout_s = request.stallTimeoutMs / 1000 or self._settings.stall_timeout_s
+        await _prepare(device.reducer, operations)
         links = self._open_links(device, membership, request.links, flows)
-        execution = GroupExecution(device.arena, membership.nranks, links, slice_bytes, stall_timeout_s)
+        execution = GroupExecution(device, membership.nranks, links, slice_bytes, stall_timeout_s)
         await execution.run(operations)
         return pb.ExecuteResponse(bytesSent=execution.bytes_sent)
 
@@ -197,13 +208,13 @@ class DeviceService:
 
     def _send_link(self, device: Device, peer: Peer, stream_id: int) -> SendLink:
         if peer.p2p:
-            return self._pipes.open_send(stream_id)
-        return GrpcSendLink(self._channels.stub(peer.address), stream_id, device.arena.backend, str(peer))
+            return self._pipes.open_send(stream_id, device.arena.memory)
+        return GrpcSendLink(self._channels.stub(peer.address), stream_id, device.arena.memory, str(peer))
 
     def _recv_link(self, device: Device, peer: Peer, stream_id: int) -> RecvLink:
         if peer.p2p:
-            return self._pipes.open_recv(stream_id)
-        return GrpcRecvLink(self._incoming.claim(stream_id), device.arena.backend, str(peer))
+            return self._pipes.open_recv(stream_id, device.arena.memory)
+        return GrpcRecvLink(self._incoming.claim(stream_id), device.arena.memory, str(peer))
 
     async def Malloc(self, request: pb.MallocRequest, context: Any) -> pb.MallocResponse:
         addr = self._device(request.deviceId.value).allocator.malloc(request.numBytes, request.commId)
@@ -228,12 +239,12 @@ class DeviceService:
             data = memoryview(chunk.data)
             if announced and written + data.nbytes > announced:
                 raise StreamLength(f"{announced} bytes were announced, {written + data.nbytes} came")
-            device.arena.write(addr + written, data)
+            await device.arena.write(addr + written, data)
             written += data.nbytes
             chunk = await anext(chunks, None)
         if announced and written != announced:
             raise StreamLength(f"{announced} bytes were announced, {written} came")
-        device.arena.backend.synchronize()
+        await device.arena.memory.finish()
         return pb.StreamHostToDeviceResponse(numBytes=written)
 
     async def StreamDeviceToHost(self, request: pb.StreamDeviceToHostRequest, context: Any) -> AsyncGenerator[Chunk, None]:
@@ -241,8 +252,27 @@ class DeviceService:
         device = self._device(request.deviceId.value)
         addr, nbytes = request.memAddr.value, request.numBytes
         device.arena.check(addr, nbytes)
-        for start in range(0, nbytes, COPY_SLICE_BYTES):
-            yield Chunk(device.arena.read(addr + start, min(COPY_SLICE_BYTES, nbytes - start)))
+        starts = iter(range(addr, addr + nbytes, COPY_SLICE_BYTES))
+        under_way: deque[Download] = deque()
+        try:
+            while True:
+                # While one slice is on the network, the next one comes to the host.
+                for start in itertools.islice(starts, 2 - len(under_way)):
+                    under_way.append(device.arena.begin_read(start, min(COPY_SLICE_BYTES, addr + nbytes - start)))
+                if not under_way:
+                    return
+                yield Chunk(await under_way[0].wait())
+                under_way.popleft().release()
+        finally:
+            for download in under_way:
+                download.release()
+
+
+async def _prepare(reducer: Reducer, operations: Sequence[Operation]) -> None:
+    """Compiles what the operations need, where that was not done before, without stopping the event loop."""
+    for operation in operations:
+        if not reducer.is_ready(operation.operator, operation.dtype):
+            await asyncio.to_thread(reducer.prepare, operation.operator, operation.dtype)
 
 
 def check_slice_bytes(slice_bytes: int) -> None:

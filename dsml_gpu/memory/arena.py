@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 
 from dsml_gpu.errors import AddressOutOfRange, OutOfMemory
-from dsml_gpu.memory.backend import Backend, DeviceNDArray
+from dsml_gpu.memory.backend import Backend
+from dsml_gpu.memory.device_memory import DeviceMemory, DeviceNDArray, Download, HostBytes
 
 #: Smallest device memory a client may rely on.
 MIN_ARENA_BYTES = 4 << 20
@@ -33,11 +32,19 @@ class Arena:
         self.backend = backend
         self.min_addr = min_addr
         self.max_addr = min_addr + nbytes
-        self._memory: DeviceNDArray | None = None
+        self._memory: DeviceMemory | None = None
+        self._bytes: DeviceNDArray | None = None
 
     @property
     def nbytes(self) -> int:
         return self.max_addr - self.min_addr
+
+    @property
+    def memory(self) -> DeviceMemory:
+        """The device's memory and the work queued on it."""
+        if self._memory is None:
+            self._memory = self.backend.open()
+        return self._memory
 
     def check(self, addr: int, nbytes: int) -> None:
         """Raises AddressOutOfRange unless ``[addr, addr + nbytes)`` lies inside the arena."""
@@ -51,26 +58,25 @@ class Arena:
             OutOfMemory: the first access, and the system has not that much memory.
         """
         self.check(addr, nbytes)
-        if self._memory is None:
+        if self._bytes is None:
             try:
-                self._memory = self.backend.allocate(self.nbytes)
+                self._bytes = self.memory.allocate(self.nbytes)
             except MemoryError as error:
                 raise OutOfMemory(f"device memory of {self.nbytes} bytes cannot be had: {error}") from error
         start = addr - self.min_addr
-        return self._memory[start : start + nbytes]
+        return self._bytes[start : start + nbytes]
 
-    def write(self, addr: int, data: bytes | memoryview) -> None:
-        """Copies host bytes into the arena."""
-        source = np.frombuffer(data, dtype=np.uint8)
-        self.view(addr, source.size)[...] = self.backend.from_host(source)
+    async def write(self, addr: int, data: HostBytes) -> None:
+        """Queues a copy of host bytes into the arena; `data` may change as soon as this returns. Raises as `view`."""
+        source = np.frombuffer(data, np.uint8)
+        await self.memory.write(self.view(addr, source.size), source)
 
-    def read(self, addr: int, nbytes: int) -> memoryview:
-        """Host bytes of a range; a view of the arena where it is host memory, so use it before anything else runs."""
-        host: Any = self.backend.to_host(self.view(addr, nbytes))
-        return memoryview(host)
+    def begin_read(self, addr: int, nbytes: int) -> Download:
+        """Queues a copy of a range to the host, which must not change before it is there. Raises as `view`."""
+        return self.memory.begin_download(self.view(addr, nbytes))
 
     def __repr__(self) -> str:
-        state = "untouched" if self._memory is None else "in use"
+        state = "untouched" if self._bytes is None else "in use"
         return f"Arena({self.min_addr:#x}..{self.max_addr:#x}, {self.backend.name}, {state})"
 
 

@@ -1,19 +1,14 @@
-"""The array module that holds device memory, and the choice between numpy and CuPy.
-
-Everything that differs between the two is in this file; arenas, reductions and transports are written once over `Backend`.
-"""
+"""Where device memory is: in host memory (numpy), or on one of the machine's GPUs (CuPy)."""
 
 from __future__ import annotations
 
-import mmap
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
-import numpy as np
-
-#: An array of `Backend.xp`: numpy.ndarray or cupy.ndarray. CuPy cannot be imported everywhere, so its type has no name here.
-DeviceNDArray = Any
+from dsml_gpu.memory.device_memory import DeviceMemory
+from dsml_gpu.memory.host import HostMemory
 
 
 class BackendUnavailable(RuntimeError):
@@ -22,101 +17,78 @@ class BackendUnavailable(RuntimeError):
 
 @dataclass(frozen=True, slots=True)
 class Backend:
-    """An array module and the few things numpy and CuPy do differently.
+    """A place for device memory.
 
     Attributes:
         name: ``"numpy"`` or ``"cupy"``.
         device_name: what the memory is, for people.
-        xp: the array module.
-        allocate: bytes -> one-dimensional uint8 array. Raises MemoryError.
-        to_host: device array -> numpy array; a view where the memory is host memory already.
-        from_host: numpy array -> device array that a ufunc of `xp` accepts; a view where possible.
-        synchronize: returns when all work queued on the device is done.
-        computes: whether `xp` can compute on these bytes as this type; where not, the host does.
+        open: makes the memory of one more device there.
+        gpu: number of the GPU, as CUDA counts them; 0 without one.
     """
 
     name: str
     device_name: str
-    xp: Any
-    allocate: Callable[[int], DeviceNDArray]
-    to_host: Callable[[DeviceNDArray], np.ndarray]
-    from_host: Callable[[np.ndarray], DeviceNDArray]
-    synchronize: Callable[[], None]
-    computes: Callable[[DeviceNDArray, np.dtype[Any]], bool]
+    open: Callable[[], DeviceMemory]
+    gpu: int = 0
 
 
-def _reserve_host_memory(nbytes: int) -> np.ndarray:
-    """Zeroed host memory whose pages the system commits only when they are touched."""
-    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
-    # Linux: do not count the reservation against the commit limit. macOS never does, and has no such flag in `mmap`.
-    flags |= getattr(mmap, "MAP_NORESERVE", 0)
+NUMPY = Backend("numpy", "host memory", HostMemory)
+
+
+def select_backends(name: str, gpus: Sequence[int] = ()) -> tuple[tuple[Backend, ...], str]:
+    """The backends of a server's devices, one for each device.
+
+    Args:
+        name: ``"auto"``, ``"numpy"`` or ``"cupy"``.
+        gpus: the GPU of each device; the same may stand several times. Empty: one device per GPU, or one of numpy.
+
+    Returns:
+        The backends, and one line that says which they are and why.
+
+    Raises:
+        BackendUnavailable: CuPy or a GPU was asked for and cannot be had here.
+        ValueError: another name, a GPU that the machine has not, or GPUs for numpy.
+    """
+    if name not in ("auto", "numpy", "cupy"):
+        raise ValueError(f"backend must be auto, numpy or cupy, not {name!r}")
+    if name == "numpy":
+        if gpus:
+            raise ValueError(f"the numpy backend uses no GPU, but GPU {gpus[0]} is asked for")
+        return (NUMPY,), "numpy, as asked"
     try:
-        region = mmap.mmap(-1, nbytes, flags=flags)
-    except (OSError, ValueError, OverflowError) as error:
-        raise MemoryError(f"cannot reserve {nbytes} bytes of address space: {error}") from error
-    return np.frombuffer(region, dtype=np.uint8)
+        backends = _cupy_backends(gpus)
+    except BackendUnavailable as reason:
+        if name == "cupy" or gpus:
+            raise
+        return (NUMPY,), f"numpy, because {reason}"
+    names = " and ".join(dict.fromkeys(backend.device_name for backend in backends))
+    why = f"CuPy on {names}, as asked" if name == "cupy" or gpus else f"CuPy, because {names} answers"
+    return backends, why
 
 
-NUMPY = Backend(
-    name="numpy",
-    device_name="host memory",
-    xp=np,
-    allocate=_reserve_host_memory,
-    to_host=lambda array: array,
-    from_host=lambda array: array,
-    synchronize=lambda: None,
-    computes=lambda array, dtype: True,
-)
+def _cupy_backends(gpus: Sequence[int]) -> tuple[Backend, ...]:
+    cp, count = _cupy()
+    for gpu in gpus:
+        if not 0 <= gpu < count:
+            raise ValueError(f"there is no GPU {gpu}; this machine has {count}, numbered from 0")
+    from dsml_gpu.memory.cuda import CudaMemory
+
+    return tuple(
+        Backend("cupy", cp.cuda.runtime.getDeviceProperties(gpu)["name"].decode(), partial(CudaMemory, gpu), gpu)
+        for gpu in gpus or range(count)
+    )
 
 
-def _cupy() -> Backend:
+def _cupy() -> tuple[Any, int]:
+    """CuPy, and how many GPUs it finds."""
     try:
         import cupy as cp
     except ImportError as error:
         raise BackendUnavailable(f"CuPy is not installed ({error}); pip install 'dsml-gpu[cuda13]' or [cuda12]") from error
     try:
-        gpus = cp.cuda.runtime.getDeviceCount()
+        count = int(cp.cuda.runtime.getDeviceCount())
     except Exception as error:
         raise BackendUnavailable(f"CuPy {cp.__version__} finds no usable CUDA driver ({error})") from error
-    if gpus == 0:
+    if count == 0:
         raise BackendUnavailable(f"CuPy {cp.__version__} finds no GPU")
-
-    def allocate(nbytes: int) -> DeviceNDArray:
-        try:
-            return cp.zeros(nbytes, dtype=cp.uint8)
-        except cp.cuda.memory.OutOfMemoryError as error:
-            raise MemoryError(str(error)) from error
-
-    properties = cp.cuda.runtime.getDeviceProperties(cp.cuda.Device().id)
-    return Backend(
-        name="cupy",
-        device_name=properties["name"].decode(),
-        xp=cp,
-        allocate=allocate,
-        to_host=cp.asnumpy,
-        from_host=cp.asarray,
-        synchronize=cp.cuda.get_current_stream().synchronize,
-        # A GPU faults on unaligned access, and CuPy's ufuncs know no bfloat16.
-        computes=lambda array, dtype: array.data.ptr % dtype.itemsize == 0 and dtype.kind in "iuf",
-    )
-
-
-def select_backend(name: str) -> tuple[Backend, str]:
-    """The backend for ``auto``, ``numpy`` or ``cupy``, and one line that says which it is and why.
-
-    Raises:
-        BackendUnavailable: ``cupy`` was asked for and cannot run here.
-        ValueError: another name.
-    """
-    if name == "numpy":
-        return NUMPY, "numpy, as asked"
-    if name == "cupy":
-        backend = _cupy()
-        return backend, f"CuPy on {backend.device_name}, as asked"
-    if name == "auto":
-        try:
-            backend = _cupy()
-        except BackendUnavailable as reason:
-            return NUMPY, f"numpy, because {reason}"
-        return backend, f"CuPy, because {backend.device_name} answers"
-    raise ValueError(f"backend must be auto, numpy or cupy, not {name!r}")
+    return cp, count

@@ -1,6 +1,18 @@
-"""Element types and reduction operators. Knows no gRPC."""
+"""Element types, reduction operators, and who applies them: the host, or the kernels of a GPU. Knows no gRPC."""
 
 from dsml_gpu.reduction.dtypes import DTYPES, dtype_of, elements_in, wire_dtype
-from dsml_gpu.reduction.operators import OPERATORS, Operator, operator_of, reduce_into
+from dsml_gpu.reduction.host import HostReducer
+from dsml_gpu.reduction.operators import OPERATORS, Operator, operator_of
+from dsml_gpu.reduction.reducer import Reducer
 
-__all__ = ["DTYPES", "OPERATORS", "Operator", "dtype_of", "elements_in", "operator_of", "reduce_into", "wire_dtype"]
+__all__ = [
+    "DTYPES",
+    "OPERATORS",
+    "HostReducer",
+    "Operator",
+    "Reducer",
+    "dtype_of",
+    "elements_in",
+    "operator_of",
+    "wire_dtype",
+]

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+from collections import deque
 from collections.abc import AsyncIterator, Callable
 from contextlib import suppress
 from typing import Any
 
 import grpc
-import numpy as np
 
 from dsml_gpu.errors import AmbiguousStream, DsmlError, OperationAborted, PeerUnavailable, StreamLength
-from dsml_gpu.memory.backend import Backend, DeviceNDArray
+from dsml_gpu.memory.device_memory import DeviceMemory, DeviceNDArray, Download, Staged
 from dsml_gpu.transport.incoming import Incoming, IncomingTable
 from dsml_gpu.transport.queue import ClosableQueue
 from dsml_gpu.wire import gpu_sim_pb2 as pb
@@ -21,6 +21,8 @@ from dsml_gpu.wire.stubs import channel_options, device_stub
 
 #: How long after the end of a stream its cancellation may become known.
 _CANCELLATION_FOLLOWS_S = 0.5
+#: Slices of a stream that are copied from device to host at a time.
+_DOWNLOADS_AHEAD = 4
 
 
 class ChannelPool:
@@ -55,15 +57,15 @@ class GrpcSendLink:
     Args:
         stub: of the peer's server.
         stream_id: the stream, which the peer claims under the same number.
-        backend: of the memory that slices come from.
+        memory: that slices come from.
         peer: who the peer is, for error messages.
     """
 
     needs_drain = True
 
-    def __init__(self, stub: Any, stream_id: int, backend: Backend, peer: str) -> None:
+    def __init__(self, stub: Any, stream_id: int, memory: DeviceMemory, peer: str) -> None:
         self._stream = OutgoingStream(stub.StreamSend())
-        self._backend = backend
+        self._memory = memory
         self._peer = peer
         self._header = pb.DataChunk(streamId=stream_id)
         self._slices: ClosableQueue[tuple[DeviceNDArray, Callable[[], None]] | None] = ClosableQueue()
@@ -79,20 +81,36 @@ class GrpcSendLink:
             self._slices.put_nowait(None)
 
     async def drain(self) -> None:
+        under_way: deque[tuple[Download, Callable[[], None]]] = deque()
         try:
-            await self._drain()
+            await self._drain(under_way)
         except _EndedEarlyError:
             raise self._named_error(await self._stream.why_ended()) from None
         except DsmlError as error:
             raise self._named_error(error) from None
+        finally:
+            for download, _ in under_way:
+                download.release()
 
-    async def _drain(self) -> None:
+    async def _drain(self, under_way: deque[tuple[Download, Callable[[], None]]]) -> None:
         header: pb.DataChunk | None = self._header
-        while (item := await self._slices.get()) is not None:
-            data, on_sent = item
-            await self._stream.write(Chunk(self._backend.to_host(data), header))
-            on_sent()
-            header = None
+        ended = False
+        while under_way or not ended:
+            # While one slice is on the network, the next ones come to the host.
+            while not ended and len(under_way) < _DOWNLOADS_AHEAD and (not under_way or self._slices):
+                item = await self._slices.get()
+                if item is None:
+                    ended = True
+                else:
+                    data, on_sent = item
+                    under_way.append((self._memory.begin_download(data), on_sent))
+            if under_way:
+                download, on_sent = under_way[0]
+                await self._stream.write(Chunk(await download.wait(), header))
+                under_way.popleft()
+                download.release()
+                on_sent()
+                header = None
         if header is not None:
             await self._stream.write(Chunk(b"", header))
         await self._stream.end()
@@ -113,16 +131,16 @@ class GrpcRecvLink:
 
     Args:
         incoming: the claimed stream.
-        backend: of the memory that slices go to.
+        memory: that slices go to.
         peer: who the peer is, for error messages.
     """
 
-    lends = False
-
-    def __init__(self, incoming: Incoming, backend: Backend, peer: str) -> None:
+    def __init__(self, incoming: Incoming, memory: DeviceMemory, peer: str) -> None:
+        self.lends = memory.lends_staged
         self._incoming = incoming
-        self._backend = backend
+        self._memory = memory
         self._peer = peer
+        self._staged: Staged | None = None
 
     async def recv(self, nbytes: int) -> DeviceNDArray:
         message = await self._incoming.messages.get()
@@ -130,10 +148,13 @@ class GrpcRecvLink:
             raise await early_end(self._incoming, f"expected a slice of {nbytes} bytes from {self._peer}")
         if len(message) != nbytes:
             raise StreamLength(f"expected a slice of {nbytes} bytes from {self._peer}, got {len(message)} bytes")
-        return self._backend.from_host(np.frombuffer(message, dtype=np.uint8))
+        self._staged = await self._memory.stage(message)
+        return self._staged.array
 
     def release(self) -> None:
-        pass  # the bytes are the receiver's own
+        if self._staged is not None:
+            self._staged.release()
+            self._staged = None
 
     async def finish(self) -> None:
         message = await self._incoming.messages.get()
@@ -142,6 +163,7 @@ class GrpcRecvLink:
         self._incoming.complete()
 
     def abort(self, error: DsmlError) -> None:
+        self.release()
         self._incoming.fail(error)
 
 

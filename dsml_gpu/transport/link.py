@@ -11,7 +11,7 @@ from collections.abc import Callable
 from typing import Protocol
 
 from dsml_gpu.errors import DsmlError
-from dsml_gpu.memory.backend import DeviceNDArray
+from dsml_gpu.memory.device_memory import DeviceNDArray
 
 
 def new_stream_id() -> int:
@@ -61,8 +61,9 @@ class RecvLink(Protocol):
     """The receiving end.
 
     Attributes:
-        lends: slices are the peer's own memory: it waits for `release`, so a receiver that cannot use a slice at once
-            must copy it and release it, or two ranks that wait for each other would never end.
+        lends: slices are the peer's own memory, or memory that the next ones need: either waits for `release`, so a
+            receiver that cannot use a slice at once must copy it and release it, or two ranks that wait for each other
+            would never end.
     """
 
     lends: bool

@@ -7,10 +7,11 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from dsml_gpu.errors import DsmlError, OperationTimeout, StreamInUse, StreamLength
-from dsml_gpu.memory.backend import DeviceNDArray
+from dsml_gpu.memory.device_memory import DeviceMemory, DeviceNDArray, Mark
 from dsml_gpu.transport.queue import ClosableQueue
 
-_Slice = tuple[DeviceNDArray, Callable[[], None]]
+#: A slice, when the sender's memory holds it, and what to call when it has been read.
+_Slice = tuple[DeviceNDArray, Mark, Callable[[Mark], None]]
 
 
 @dataclass(eq=False)
@@ -44,21 +45,21 @@ class PipeTable:
     def __len__(self) -> int:
         return len(self._pipes)
 
-    def open_send(self, stream_id: int) -> P2PSendLink:
-        """The sending end of a stream. Raises StreamInUse where it was opened before."""
+    def open_send(self, stream_id: int, memory: DeviceMemory) -> P2PSendLink:
+        """The sending end of a stream, for slices of `memory`. Raises StreamInUse where it was opened before."""
         pipe = self._open(stream_id)
         if pipe.has_sender:
             raise StreamInUse(f"stream {stream_id} has a sender already")
         pipe.has_sender = True
-        return P2PSendLink(self, stream_id, pipe)
+        return P2PSendLink(self, stream_id, pipe, memory)
 
-    def open_recv(self, stream_id: int) -> P2PRecvLink:
-        """The receiving end of a stream. Raises StreamInUse where it was opened before."""
+    def open_recv(self, stream_id: int, memory: DeviceMemory) -> P2PRecvLink:
+        """The receiving end of a stream, for work queued on `memory`. Raises StreamInUse where it was opened before."""
         pipe = self._open(stream_id)
         if pipe.has_receiver:
             raise StreamInUse(f"stream {stream_id} has a receiver already")
         pipe.has_receiver = True
-        return P2PRecvLink(self, stream_id, pipe)
+        return P2PRecvLink(self, stream_id, pipe, memory)
 
     def _open(self, stream_id: int) -> _Pipe:
         pipe = self._pipes.get(stream_id)
@@ -82,10 +83,11 @@ class PipeTable:
 
 
 class _P2PLink:
-    def __init__(self, table: PipeTable, stream_id: int, pipe: _Pipe) -> None:
+    def __init__(self, table: PipeTable, stream_id: int, pipe: _Pipe, memory: DeviceMemory) -> None:
         self._table = table
         self._stream_id = stream_id
         self._pipe = pipe
+        self._memory = memory
         self._closed = False
 
     def abort(self, error: DsmlError) -> None:
@@ -104,7 +106,11 @@ class P2PSendLink(_P2PLink):
     needs_drain = False
 
     def send(self, data: DeviceNDArray, on_sent: Callable[[], None]) -> None:
-        self._pipe.slices.put_nowait((data, on_sent))
+        def on_read(read: Mark) -> None:
+            self._memory.wait(read)
+            on_sent()
+
+        self._pipe.slices.put_nowait((data, self._memory.mark(), on_read))
 
     def end(self) -> None:
         self._pipe.slices.put_nowait(None)
@@ -119,22 +125,23 @@ class P2PRecvLink(_P2PLink):
 
     lends = True
 
-    def __init__(self, table: PipeTable, stream_id: int, pipe: _Pipe) -> None:
-        super().__init__(table, stream_id, pipe)
-        self._on_sent: Callable[[], None] | None = None
+    def __init__(self, table: PipeTable, stream_id: int, pipe: _Pipe, memory: DeviceMemory) -> None:
+        super().__init__(table, stream_id, pipe, memory)
+        self._on_read: Callable[[Mark], None] | None = None
 
     async def recv(self, nbytes: int) -> DeviceNDArray:
         item = await self._pipe.slices.get()
         if item is None or item[0].nbytes != nbytes:
             actual = "the end of the stream" if item is None else f"{item[0].nbytes} bytes"
             raise StreamLength(f"expected a slice of {nbytes} bytes, got {actual}")
-        data, self._on_sent = item
-        return data
+        data, written, self._on_read = item
+        self._memory.wait(written)
+        return self._memory.near(data)
 
     def release(self) -> None:
-        if self._on_sent is not None:
-            on_sent, self._on_sent = self._on_sent, None
-            on_sent()
+        if self._on_read is not None:
+            on_read, self._on_read = self._on_read, None
+            on_read(self._memory.mark())
 
     async def finish(self) -> None:
         # Does not wait for the sender to say that no slice follows: in one process that would cost more than it tells.

@@ -26,6 +26,9 @@ class ClosableQueue(Generic[T]):
         self._error: DsmlError | None = None
         self._changed: asyncio.Future[None] | None = None
 
+    def __len__(self) -> int:
+        return len(self._items)
+
     async def put(self, item: T) -> None:
         """Appends, when there is room. Raises the error of `close`."""
         while self._depth and len(self._items) >= self._depth and self._error is None:

@@ -134,7 +134,7 @@ class StreamId(_message.Message):
     def __init__(self, value: _Optional[int] = ...) -> None: ...
 
 class DeviceMetadata(_message.Message):
-    __slots__ = ("deviceId", "minMemAddr", "maxMemAddr", "address", "backend", "deviceName", "processUid")
+    __slots__ = ("deviceId", "minMemAddr", "maxMemAddr", "address", "backend", "deviceName", "processUid", "gpu")
     DEVICEID_FIELD_NUMBER: _ClassVar[int]
     MINMEMADDR_FIELD_NUMBER: _ClassVar[int]
     MAXMEMADDR_FIELD_NUMBER: _ClassVar[int]
@@ -142,6 +142,7 @@ class DeviceMetadata(_message.Message):
     BACKEND_FIELD_NUMBER: _ClassVar[int]
     DEVICENAME_FIELD_NUMBER: _ClassVar[int]
     PROCESSUID_FIELD_NUMBER: _ClassVar[int]
+    GPU_FIELD_NUMBER: _ClassVar[int]
     deviceId: DeviceId
     minMemAddr: MemAddr
     maxMemAddr: MemAddr
@@ -149,7 +150,8 @@ class DeviceMetadata(_message.Message):
     backend: str
     deviceName: str
     processUid: str
-    def __init__(self, deviceId: _Optional[_Union[DeviceId, _Mapping]] = ..., minMemAddr: _Optional[_Union[MemAddr, _Mapping]] = ..., maxMemAddr: _Optional[_Union[MemAddr, _Mapping]] = ..., address: _Optional[str] = ..., backend: _Optional[str] = ..., deviceName: _Optional[str] = ..., processUid: _Optional[str] = ...) -> None: ...
+    gpu: int
+    def __init__(self, deviceId: _Optional[_Union[DeviceId, _Mapping]] = ..., minMemAddr: _Optional[_Union[MemAddr, _Mapping]] = ..., maxMemAddr: _Optional[_Union[MemAddr, _Mapping]] = ..., address: _Optional[str] = ..., backend: _Optional[str] = ..., deviceName: _Optional[str] = ..., processUid: _Optional[str] = ..., gpu: _Optional[int] = ...) -> None: ...
 
 class GetDeviceMetadataRequest(_message.Message):
     __slots__ = ("deviceId",)
@@ -158,10 +160,12 @@ class GetDeviceMetadataRequest(_message.Message):
     def __init__(self, deviceId: _Optional[int] = ...) -> None: ...
 
 class GetDeviceMetadataResponse(_message.Message):
-    __slots__ = ("metadata",)
+    __slots__ = ("metadata", "devices")
     METADATA_FIELD_NUMBER: _ClassVar[int]
+    DEVICES_FIELD_NUMBER: _ClassVar[int]
     metadata: DeviceMetadata
-    def __init__(self, metadata: _Optional[_Union[DeviceMetadata, _Mapping]] = ...) -> None: ...
+    devices: _containers.RepeatedCompositeFieldContainer[DeviceMetadata]
+    def __init__(self, metadata: _Optional[_Union[DeviceMetadata, _Mapping]] = ..., devices: _Optional[_Iterable[_Union[DeviceMetadata, _Mapping]]] = ...) -> None: ...
 
 class BeginSendRequest(_message.Message):
     __slots__ = ("sendBuffAddr", "numBytes", "dstRank", "commId", "deviceId")

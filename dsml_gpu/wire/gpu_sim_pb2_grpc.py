@@ -6,8 +6,9 @@ from dsml_gpu.wire import gpu_sim_pb2 as dsml__gpu_dot_wire_dot_gpu__sim__pb2
 
 
 class GPUDeviceStub(object):
-    """One device server. A server may host several devices (a coordinator hosts its embedded ones); a request whose
-    `deviceId` field is 0 or absent means the server's only device, and is refused with INVALID_ARGUMENT where there are more.
+    """One device server. A server may host several devices (one per GPU by default, and a coordinator its embedded ones); a
+    request whose `deviceId` field is 0 or absent means the server's only device, and is refused with INVALID_ARGUMENT where
+    there are more. Only GetDeviceMetadata, which acts on none, then answers with the first.
     """
 
     def __init__(self, channel):
@@ -79,12 +80,14 @@ class GPUDeviceStub(object):
 
 
 class GPUDeviceServicer(object):
-    """One device server. A server may host several devices (a coordinator hosts its embedded ones); a request whose
-    `deviceId` field is 0 or absent means the server's only device, and is refused with INVALID_ARGUMENT where there are more.
+    """One device server. A server may host several devices (one per GPU by default, and a coordinator its embedded ones); a
+    request whose `deviceId` field is 0 or absent means the server's only device, and is refused with INVALID_ARGUMENT where
+    there are more. Only GetDeviceMetadata, which acts on none, then answers with the first.
     """
 
     def GetDeviceMetadata(self, request, context):
-        """Identity and memory range of the device.
+        """Identity and memory range of the device, and of all others of the server.
+        Errors: NOT_FOUND (a named device), INVALID_ARGUMENT (none is named and the server has none).
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -249,8 +252,9 @@ def add_GPUDeviceServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class GPUDevice(object):
-    """One device server. A server may host several devices (a coordinator hosts its embedded ones); a request whose
-    `deviceId` field is 0 or absent means the server's only device, and is refused with INVALID_ARGUMENT where there are more.
+    """One device server. A server may host several devices (one per GPU by default, and a coordinator its embedded ones); a
+    request whose `deviceId` field is 0 or absent means the server's only device, and is refused with INVALID_ARGUMENT where
+    there are more. Only GetDeviceMetadata, which acts on none, then answers with the first.
     """
 
     @staticmethod

@@ -29,8 +29,9 @@ class _ServicerContext(grpc.ServicerContext, grpc.aio.ServicerContext):  # type:
     ...
 
 class GPUDeviceStub:
-    """One device server. A server may host several devices (a coordinator hosts its embedded ones); a request whose
-    `deviceId` field is 0 or absent means the server's only device, and is refused with INVALID_ARGUMENT where there are more.
+    """One device server. A server may host several devices (one per GPU by default, and a coordinator its embedded ones); a
+    request whose `deviceId` field is 0 or absent means the server's only device, and is refused with INVALID_ARGUMENT where
+    there are more. Only GetDeviceMetadata, which acts on none, then answers with the first.
     """
 
     def __init__(self, channel: typing.Union[grpc.Channel, grpc.aio.Channel]) -> None: ...
@@ -38,7 +39,9 @@ class GPUDeviceStub:
         dsml_gpu.wire.gpu_sim_pb2.GetDeviceMetadataRequest,
         dsml_gpu.wire.gpu_sim_pb2.GetDeviceMetadataResponse,
     ]
-    """Identity and memory range of the device."""
+    """Identity and memory range of the device, and of all others of the server.
+    Errors: NOT_FOUND (a named device), INVALID_ARGUMENT (none is named and the server has none).
+    """
 
     BeginSend: grpc.UnaryUnaryMultiCallable[
         dsml_gpu.wire.gpu_sim_pb2.BeginSendRequest,
@@ -124,15 +127,18 @@ class GPUDeviceStub:
     """Device memory to host memory, any size."""
 
 class GPUDeviceAsyncStub:
-    """One device server. A server may host several devices (a coordinator hosts its embedded ones); a request whose
-    `deviceId` field is 0 or absent means the server's only device, and is refused with INVALID_ARGUMENT where there are more.
+    """One device server. A server may host several devices (one per GPU by default, and a coordinator its embedded ones); a
+    request whose `deviceId` field is 0 or absent means the server's only device, and is refused with INVALID_ARGUMENT where
+    there are more. Only GetDeviceMetadata, which acts on none, then answers with the first.
     """
 
     GetDeviceMetadata: grpc.aio.UnaryUnaryMultiCallable[
         dsml_gpu.wire.gpu_sim_pb2.GetDeviceMetadataRequest,
         dsml_gpu.wire.gpu_sim_pb2.GetDeviceMetadataResponse,
     ]
-    """Identity and memory range of the device."""
+    """Identity and memory range of the device, and of all others of the server.
+    Errors: NOT_FOUND (a named device), INVALID_ARGUMENT (none is named and the server has none).
+    """
 
     BeginSend: grpc.aio.UnaryUnaryMultiCallable[
         dsml_gpu.wire.gpu_sim_pb2.BeginSendRequest,
@@ -218,8 +224,9 @@ class GPUDeviceAsyncStub:
     """Device memory to host memory, any size."""
 
 class GPUDeviceServicer(metaclass=abc.ABCMeta):
-    """One device server. A server may host several devices (a coordinator hosts its embedded ones); a request whose
-    `deviceId` field is 0 or absent means the server's only device, and is refused with INVALID_ARGUMENT where there are more.
+    """One device server. A server may host several devices (one per GPU by default, and a coordinator its embedded ones); a
+    request whose `deviceId` field is 0 or absent means the server's only device, and is refused with INVALID_ARGUMENT where
+    there are more. Only GetDeviceMetadata, which acts on none, then answers with the first.
     """
 
     @abc.abstractmethod
@@ -228,7 +235,9 @@ class GPUDeviceServicer(metaclass=abc.ABCMeta):
         request: dsml_gpu.wire.gpu_sim_pb2.GetDeviceMetadataRequest,
         context: _ServicerContext,
     ) -> typing.Union[dsml_gpu.wire.gpu_sim_pb2.GetDeviceMetadataResponse, collections.abc.Awaitable[dsml_gpu.wire.gpu_sim_pb2.GetDeviceMetadataResponse]]:
-        """Identity and memory range of the device."""
+        """Identity and memory range of the device, and of all others of the server.
+        Errors: NOT_FOUND (a named device), INVALID_ARGUMENT (none is named and the server has none).
+        """
 
     @abc.abstractmethod
     def BeginSend(

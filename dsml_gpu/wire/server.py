@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import logging
 import socket
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import grpc
-from grpc_health.v1 import health, health_pb2, health_pb2_grpc
-from grpc_reflection.v1alpha import reflection
 
 from dsml_gpu.wire.service import service_handler
 from dsml_gpu.wire.stubs import DEFAULT_MAX_MESSAGE_BYTES, channel_options
 from dsml_gpu.wire.trim import MessageMemory
+
+log = logging.getLogger(__name__)
 
 _WILDCARDS = ("0.0.0.0", "::")
 
@@ -36,7 +37,7 @@ class RpcServer:
         self.port = port
         # Without SO_REUSEPORT a second server on the port is an error, not a silent sharer of its connections.
         self._server = grpc.aio.server(options=[*channel_options(max_message_bytes), ("grpc.so_reuseport", 0)])
-        self._health = health.aio.HealthServicer()
+        self._health: Any = None
         self._stopped = False
 
     @property
@@ -70,19 +71,34 @@ class RpcServer:
         memory = MessageMemory()
         for name, servicer in servicers.items():
             self._server.add_generic_rpc_handlers((service_handler(name, servicer, stall_timeout_s, memory),))
-        health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
         names = [f"gpu_sim.{name}" for name in servicers]
-        reflection.enable_server_reflection([*names, health.SERVICE_NAME, reflection.SERVICE_NAME], self._server)
+        self._add_health_and_reflection(names)
         await self._server.start()
-        for name in ["", *names]:
-            await self._health.set(name, health_pb2.HealthCheckResponse.SERVING)
+        if self._health is not None:
+            from grpc_health.v1 import health_pb2
+
+            for name in ["", *names]:
+                await self._health.set(name, health_pb2.HealthCheckResponse.SERVING)
+
+    def _add_health_and_reflection(self, names: Sequence[str]) -> None:
+        # An installation has both packages. A machine that has only what computing needs serves without them.
+        try:
+            from grpc_health.v1 import health, health_pb2_grpc
+            from grpc_reflection.v1alpha import reflection
+        except ImportError as error:
+            log.warning("no health and reflection services: %s", error)
+            return
+        self._health = health.aio.HealthServicer()
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
+        reflection.enable_server_reflection([*names, health.SERVICE_NAME, reflection.SERVICE_NAME], self._server)
 
     async def stop(self, drain_s: float = 10.0) -> None:
         """Refuses new calls, lets running ones end for `drain_s` seconds, cancels the rest. Idempotent."""
         if self._stopped:
             return
         self._stopped = True
-        await self._health.enter_graceful_shutdown()
+        if self._health is not None:
+            await self._health.enter_graceful_shutdown()
         await self._server.stop(drain_s)
 
 

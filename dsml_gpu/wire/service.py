@@ -9,15 +9,16 @@ What the generated registration does not do and this does:
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from collections.abc import AsyncIterator, Callable
-from contextlib import aclosing
+from contextlib import aclosing, suppress
 from typing import Any
 
 import grpc
 from google.protobuf.message import DecodeError
 
-from dsml_gpu.errors import DsmlError, MalformedMessage
+from dsml_gpu.errors import DsmlError, MalformedMessage, OperationTimeout
 from dsml_gpu.wire import gpu_sim_pb2 as pb
 from dsml_gpu.wire.codec import decode_chunk, encode_chunk
 from dsml_gpu.wire.status import abort
@@ -25,6 +26,9 @@ from dsml_gpu.wire.timeouts import in_time
 from dsml_gpu.wire.trim import MessageMemory
 
 log = logging.getLogger(__name__)
+
+#: How long the rest of a refused stream is taken.
+_DISCARD_S = 0.5
 
 
 class _Malformed:
@@ -95,6 +99,7 @@ class _Method:
         try:
             return await self._call(self._well_formed_stream(requests), context)
         except Exception as error:  # noqa: BLE001  becomes the call's status
+            await _discard_rest(requests)
             await _refuse(context, error)
         finally:
             self._memory.call_ended()
@@ -115,6 +120,20 @@ class _Method:
 
     async def _next(self, requests: AsyncIterator[Any]) -> Any:
         return await in_time(anext(requests, None), self._stall_timeout_s, "the client's next message")
+
+
+async def _discard_rest(requests: AsyncIterator[Any]) -> None:
+    """Takes what the client of a refused stream still sends, for a while.
+
+    A client of grpc.aio whose next message meets the closed stream never learns the status.
+    """
+
+    async def discard() -> None:
+        async for _ in requests:
+            pass
+
+    with suppress(OperationTimeout, grpc.RpcError, asyncio.InvalidStateError):
+        await in_time(discard(), _DISCARD_S, "the end of the stream")
 
 
 async def _refuse(context: Any, error: Exception) -> None:

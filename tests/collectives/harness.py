@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 
@@ -23,9 +24,12 @@ COMM = 1
 class Ranks:
     """`nranks` devices behind one real server, joined to one communicator."""
 
-    def __init__(self, service: DeviceService, nranks: int, transport: int, backend: Backend) -> None:
+    def __init__(
+        self, service: DeviceService, nranks: int, transport: int, backends: Sequence[Backend], memory_bytes: int
+    ) -> None:
         self.service = service
-        self.devices = [Device(number, Arena(64 << 20, backend)) for number in range(1, nranks + 1)]
+        places = itertools.islice(itertools.cycle(backends), nranks)
+        self.devices = [Device(number, Arena(memory_bytes, backend)) for number, backend in enumerate(places, 1)]
         for device in self.devices:
             service.add(device)
         self._transport = transport
@@ -42,12 +46,12 @@ class Ranks:
         """The buffers of all ranks afterwards."""
         dtype, count = inputs[0].dtype, inputs[0].nbytes
         for device, values in zip(self.devices, inputs, strict=True):
-            device.arena.write(addr, np.ascontiguousarray(values).view(np.uint8).data)
+            await write(device.arena, addr, values)
         collective = Collective(
             "all_reduce", algorithm, (addr,) * len(inputs), count, wire_dtype(dtype), pb.ReduceOp.Value(op)
         )
         await self.run([collective])
-        return [np.frombuffer(device.arena.read(addr, count), dtype) for device in self.devices]
+        return [await read(device.arena, addr, dtype, inputs[0].size) for device in self.devices]
 
     async def run(self, collectives: Sequence[Collective]) -> None:
         requests = execute_requests(COMM, [device.device_id for device in self.devices], collectives)
@@ -60,14 +64,15 @@ async def ranks(
     transport: int,
     slice_bytes: int = 4096,
     stall_timeout_s: float = 10.0,
-    backend: Backend = NUMPY,
+    backends: Sequence[Backend] = (NUMPY,),
+    memory_bytes: int = 64 << 20,
 ) -> AsyncIterator[Ranks]:
-    """Devices whose chunks are cut finely, so that small buffers have many slices."""
+    """Devices whose chunks are cut finely, so that small buffers have many slices; they take the backends in turn."""
     server = RpcServer("127.0.0.1", 0)
     server.bind()
     service = DeviceService(server.address, TransferSettings(slice_bytes, stall_timeout_s))
     await server.start({"GPUDevice": service}, 60.0)
-    world = Ranks(service, nranks, transport, backend)
+    world = Ranks(service, nranks, transport, backends, memory_bytes)
     await world.join()
     try:
         yield world
@@ -75,6 +80,20 @@ async def ranks(
     finally:
         await server.stop(0)
         await service.close()
+
+
+async def write(arena: Arena, addr: int, values: np.ndarray) -> None:
+    """Values into device memory."""
+    await arena.write(addr, np.ascontiguousarray(values).view(np.uint8))
+    await arena.memory.finish()
+
+
+async def read(arena: Arena, addr: int, dtype: np.dtype, count: int) -> np.ndarray:
+    """A copy of values in device memory."""
+    download = arena.begin_read(addr, count * dtype.itemsize)
+    values = np.frombuffer((await download.wait()).tobytes(), dtype)
+    download.release()
+    return values
 
 
 async def _until_no_stream_is_open(service: DeviceService, stall_timeout_s: float) -> None:

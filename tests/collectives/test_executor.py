@@ -12,7 +12,7 @@ from dsml_gpu.coordinator.plan import Collective, execute_requests
 from dsml_gpu.errors import OperationAborted, OperationTimeout
 from dsml_gpu.schedules import ALL_REDUCE, Schedule, Transfer
 from dsml_gpu.wire import gpu_sim_pb2 as pb
-from tests.collectives.harness import COMM, ranks
+from tests.collectives.harness import COMM, ranks, write
 
 BOTH = pytest.mark.parametrize("transport", [pb.P2P, pb.GRPC])
 
@@ -58,11 +58,12 @@ def test_a_rank_that_never_comes_is_named(transport: int) -> None:
 def test_cancelling_one_rank_ends_the_others(transport: int) -> None:
     async def scenario() -> None:
         async with ranks(3, transport, stall_timeout_s=4) as world:
-            world.devices[0].arena.write(0, b"\x3f" * (1 << 20))
+            await write(world.devices[0].arena, 0, np.full(1 << 20, 0x3F, np.uint8))
             collective = Collective("all_reduce", "ring", (0, 0, 0), 48 << 20, pb.FLOAT64, pb.SUM)
             requests = execute_requests(COMM, [1, 2, 3], [collective])
             work = [asyncio.ensure_future(world.service.Execute(request, None)) for request in requests]
-            while bytes(world.devices[1].arena.read(0, 1)) == b"\0":  # noqa: ASYNC110  memory has no event
+            first = world.devices[1].arena.view(0, 1)
+            while first[0] == 0:  # noqa: ASYNC110  memory has no event
                 await asyncio.sleep(0)  # until something has reached rank 1
             work[0].cancel()
             results = await asyncio.wait_for(asyncio.gather(*work, return_exceptions=True), 3)

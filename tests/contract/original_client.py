@@ -3,7 +3,7 @@
     python original_client.py FOLDER_OF_STUBS COMMAND ARGUMENTS...
 
 Commands: ``job COORDINATOR NRANKS``, ``sizes COORDINATOR NRANKS``, ``low-level COORDINATOR DEVICE0 DEVICE1`` (rank 0 and
-rank 1). Each ends with a traceback where something is not as the contract says.
+rank 1), ``metadata DEVICE ID``. Each ends with a traceback where something is not as the contract says.
 """
 
 from __future__ import annotations
@@ -247,4 +247,12 @@ def low_level(address: str, *device_addresses: str) -> None:
     check("an own StreamSend", an_own_stream_send)
 
 
-{"job": job, "sizes": sizes, "low-level": low_level}[COMMAND](*ARGUMENTS)
+def metadata(device: str, device_id: str) -> None:
+    """A device server has one device, as far as an old client knows."""
+    stub = services.GPUDeviceStub(grpc.insecure_channel(device))
+    answer = stub.GetDeviceMetadata(pb.GetDeviceMetadataRequest(), timeout=DEADLINE_S).metadata
+    assert answer.deviceId.value == int(device_id)
+    assert answer.maxMemAddr.value - answer.minMemAddr.value >= 4 << 20
+
+
+{"job": job, "sizes": sizes, "low-level": low_level, "metadata": metadata}[COMMAND](*ARGUMENTS)

@@ -15,6 +15,8 @@ from grpc_tools import protoc
 
 from dsml_gpu.cli.fleet import Fleet, ServerProcess
 from dsml_gpu.wire import gpu_sim_pb2 as pb
+from tests.support import numpy_gpus
+from tests.support.processes import running
 from tests.support.rpc import CALL_TIMEOUT_S, Rpc, assert_refused, rpc_to
 
 HERE = Path(__file__).parent
@@ -130,6 +132,12 @@ def test_data_and_receive_in_either_order(joined: tuple[Rpc, Rpc], first: str):
         pb.StreamDeviceToHostRequest(memAddr=pb.MemAddr(value=0), numBytes=len(data)), timeout=CALL_TIMEOUT_S
     )
     assert b"".join(chunk.data for chunk in answer) == data
+
+
+def test_a_server_of_several_devices_shows_the_first(tmp_path: Path, stubs: Path):
+    with running(tmp_path, "device", "--id", "7", "--gpu", "0", "--gpu", "1", command=numpy_gpus.COMMAND) as server:
+        assert "devices 7, 8" in server.ready_line
+        run_client(stubs, "metadata", server.address, "7")
 
 
 # ---- the two files -----------------------------------------------------------------------------------------------------

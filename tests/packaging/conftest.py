@@ -21,17 +21,19 @@ from packaging.requirements import Requirement
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def run(command: Sequence[str | Path], cwd: Path, timeout_s: float = 100) -> str:
-    """Run a program and return its standard output; fail the test with all it said when it fails.
+def clean_variables() -> dict[str, str]:
+    """Environment variables for a program: these, without those that would bring the checkout's modules in."""
+    variables = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "PYTHONHOME")}
+    variables["PYTHONIOENCODING"] = "utf-8"  # whatever the locale is here
+    return variables
 
-    A variable that would bring the checkout's modules in is taken out of its environment.
-    """
-    environment = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "PYTHONHOME")}
-    environment["PYTHONIOENCODING"] = "utf-8"  # whatever the locale is here
+
+def run(command: Sequence[str | Path], cwd: Path, timeout_s: float = 100) -> str:
+    """Run a program and return its standard output; fail the test with all it said when it fails."""
     done = subprocess.run(
         list(map(str, command)),
         cwd=cwd,
-        env=environment,
+        env=clean_variables(),
         capture_output=True,
         encoding="utf-8",
         timeout=timeout_s,

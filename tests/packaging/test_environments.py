@@ -23,6 +23,9 @@ CONDA_NAMES = {
 }
 #: What has no counterpart in pyproject.toml: conda's own pieces.
 ONLY_IN_CONDA = {"pip", "python", "cuda-version"}
+#: What has no line in the environment files: conda-forge's CuPy brings cuda-nvrtc, in the version of the CUDA that conda
+#: chose; and where there is no CuPy, there may be no cuda-nvrtc either (macOS), and the tests that compile with it skip.
+ONLY_IN_PIP = {"nvidia-cuda-nvrtc"}
 
 FILES = {
     "environment.yml": ("", "demo", "bench", "dev", "cuda12", "cuda13"),
@@ -57,6 +60,8 @@ def wanted(distribution: Distribution, extras: tuple[str, ...]) -> Ranges:
     ranges: Ranges = {}
     for requirement in needed:
         name = canonicalize_name(requirement.name)
+        if name in ONLY_IN_PIP:
+            continue
         name = canonicalize_name(CONDA_NAMES.get(name, name))
         ranges[name] = ranges.get(name, SpecifierSet()) & requirement.specifier
     return ranges

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import sys
 import tarfile
 from pathlib import Path
 from zipfile import ZipFile
 
 import pytest
 
+from dsml_gpu.reduction import kernels as checkout_kernels
 from tests.packaging.conftest import ROOT, Distribution, make_environment, run
 
 
@@ -23,10 +25,27 @@ def test_the_wheel_holds_the_contract_the_stubs_and_the_types(distribution):
     assert all(name.endswith(".dist-info") for name in beside), "a wheel must bring no other top-level package"
 
 
+def test_the_wheel_holds_the_kernels(distribution: Distribution, tmp_path: Path):
+    kernels = {f"dsml_gpu/kernels/{path.name}": path.read_bytes() for path in (ROOT / "kernels").iterdir()}
+    with ZipFile(distribution.wheel) as archive:
+        held = {name for name in archive.namelist() if name.startswith("dsml_gpu/kernels/")}
+        assert {name: archive.read(name) for name in held} == kernels
+        archive.extractall(tmp_path)
+    # The package from the wheel, with what it imports from here.
+    code = "from dsml_gpu.reduction import kernels; print(kernels.directory()); print(kernels.source(), end='')"
+    directory, source = run([sys.executable, "-c", code], cwd=tmp_path).split("\n", 1)
+
+    assert Path(directory).resolve() == (tmp_path / "dsml_gpu/kernels").resolve()
+    assert source == checkout_kernels.source()
+    assert "reduce(const ReduceArguments arguments)" in source
+
+
 def test_the_sdist_holds_what_building_and_testing_need(distribution):
     with tarfile.open(distribution.sdist) as archive:
         names = {name.split("/", 1)[1] for name in archive.getnames() if "/" in name}
     here = {str(path.relative_to(ROOT)) for path in Path(__file__).parent.glob("*.py")}
+    here |= {str(path.relative_to(ROOT)) for path in ROOT.glob("kernels/*")}
+    here |= {str(path.relative_to(ROOT)) for path in ROOT.glob("tests/kernels/cpu/*")}
     top = {"LICENSE", "README.md", "Makefile", "pyproject.toml", "proto/gpu_sim.proto", "proto/generate.py"}
     assert here | top <= names
     assert not [name for name in names if name.startswith((".venv", "dist/"))]

@@ -155,11 +155,19 @@ def test_a_metrics_port_in_use_is_said_in_one_line(taken_port: str):
         (["coordinator", "--transport", "pigeon"], ["pigeon", "p2p"]),
         (["coordinator", "--memory", "1MiB"], ["--memory", "1 MiB", "4 MiB"]),
         (["coordinator", "--backend", "abacus"], ["abacus", "numpy"]),
+        (["device", "--backend", "numpy", "--gpu", "0"], ["numpy", "GPU 0"]),
+        (["coordinator", "--backend", "numpy", "--gpu", "0"], ["numpy", "GPU 0"]),
     ],
     ids=str,
 )
 def test_an_option_that_does_not_do_is_said_in_one_line(arguments: list[str], words: list[str]):
     assert_one_line(run_to_end(*arguments, "--port", "0"), *words)
+
+
+@pytest.mark.parametrize("command", SERVERS)
+def test_a_gpu_that_is_not_there_is_said_in_one_line(monkeypatch: pytest.MonkeyPatch, command: str):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert_one_line(run_to_end(command, "--gpu", "0", "--port", "0"), "CuPy")
 
 
 @pytest.mark.parametrize(
@@ -169,6 +177,7 @@ def test_an_option_that_does_not_do_is_said_in_one_line(arguments: list[str], wo
         ["device", "--port", "65536"],
         ["device", "--memory", "lots"],
         ["device", "--id", "0"],
+        ["device", "--gpu", "-1"],
         ["device", "--colour", "blue"],
         ["device", "--stall-timeout", "0"],
         ["coordinator", "--embedded", "-1"],

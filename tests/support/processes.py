@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -44,18 +44,21 @@ class Running:
 
 
 @contextmanager
-def running(folder: Path, *arguments: str, stdin: int | IO[str] = subprocess.DEVNULL) -> Iterator[Running]:
+def running(
+    folder: Path, *arguments: str, stdin: int | IO[str] = subprocess.DEVNULL, command: Sequence[str] = COMMAND
+) -> Iterator[Running]:
     """A server for the length of a block, which may end it before; its standard error is printed, for failures.
 
     Args:
         folder: takes a file.
         arguments: a command and its options; ``--port 0`` unless they name one.
+        command: runs them.
     """
     if "--port" not in arguments:
         arguments = (*arguments, "--port", "0")
     errors = folder / f"stderr-{time.monotonic_ns()}"
     with errors.open("w") as stderr:
-        process = subprocess.Popen([*COMMAND, *arguments], stdin=stdin, stdout=subprocess.PIPE, stderr=stderr, text=True)
+        process = subprocess.Popen([*command, *arguments], stdin=stdin, stdout=subprocess.PIPE, stderr=stderr, text=True)
     try:
         assert process.stdout is not None
         ready_line = process.stdout.readline()
@@ -71,10 +74,15 @@ def running(folder: Path, *arguments: str, stdin: int | IO[str] = subprocess.DEV
         sys.stderr.write(errors.read_text())
 
 
-def run_to_end(*arguments: str, stdin: int | IO[str] = subprocess.DEVNULL) -> subprocess.CompletedProcess[str]:
+def run_to_end(
+    *arguments: str,
+    stdin: int | IO[str] = subprocess.DEVNULL,
+    command: Sequence[str] = COMMAND,
+    timeout_s: float = END_TIMEOUT_S,
+) -> subprocess.CompletedProcess[str]:
     """Runs a command that is expected to end by itself."""
     return subprocess.run(
-        [*COMMAND, *arguments], stdin=stdin, capture_output=True, text=True, timeout=END_TIMEOUT_S, check=False
+        [*command, *arguments], stdin=stdin, capture_output=True, text=True, timeout=timeout_s, check=False
     )
 
 

@@ -12,7 +12,7 @@ import pytest
 
 from dsml_gpu.device.service import DeviceService, TransferSettings
 from dsml_gpu.errors import DsmlError, OperationAborted, OperationTimeout, StreamLength
-from dsml_gpu.memory.backend import NUMPY
+from dsml_gpu.memory.host import HostMemory
 from dsml_gpu.transport.grpc import ChannelPool, GrpcRecvLink, GrpcSendLink
 from dsml_gpu.transport.incoming import IncomingTable
 from dsml_gpu.transport.link import RecvLink, SendLink, new_stream_id
@@ -20,6 +20,7 @@ from dsml_gpu.transport.p2p import PipeTable
 from dsml_gpu.wire.server import RpcServer
 
 TIMEOUT_S = 0.3
+MEMORY = HostMemory()
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,7 @@ class Ends:
 async def p2p_ends() -> AsyncIterator[Ends]:
     table = PipeTable(TIMEOUT_S)
     stream_id = new_stream_id()
-    yield Ends(lambda: table.open_send(stream_id), lambda: table.open_recv(stream_id), lambda: len(table))
+    yield Ends(lambda: table.open_send(stream_id, MEMORY), lambda: table.open_recv(stream_id, MEMORY), lambda: len(table))
 
 
 @asynccontextmanager
@@ -50,8 +51,8 @@ async def grpc_ends() -> AsyncIterator[Ends]:
     table: IncomingTable = service._incoming
     try:
         yield Ends(
-            lambda: GrpcSendLink(channels.stub(server.address), stream_id, NUMPY, "the receiver"),
-            lambda: GrpcRecvLink(table.claim(stream_id), NUMPY, "the sender"),
+            lambda: GrpcSendLink(channels.stub(server.address), stream_id, MEMORY, "the receiver"),
+            lambda: GrpcRecvLink(table.claim(stream_id), MEMORY, "the sender"),
             lambda: len(table),
         )
     finally:

@@ -1,0 +1,68 @@
+"""Device memory that is host memory: everything is done at once."""
+
+from __future__ import annotations
+
+import mmap
+from dataclasses import dataclass
+
+import numpy as np
+
+from dsml_gpu.memory.device_memory import HostBytes, Mark
+
+
+@dataclass(frozen=True, slots=True)
+class _HostBytes:
+    """See `Download` and `Staged`."""
+
+    array: np.ndarray
+
+    async def wait(self) -> np.ndarray:
+        return self.array
+
+    def release(self) -> None:
+        pass
+
+
+class HostMemory:
+    """See `DeviceMemory`."""
+
+    lends_staged = False
+
+    def allocate(self, nbytes: int) -> np.ndarray:
+        """Pages are committed by the system when they are touched."""
+        flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
+        # Linux: do not count the reservation against the commit limit. macOS never does, and has no such flag in `mmap`.
+        flags |= getattr(mmap, "MAP_NORESERVE", 0)
+        try:
+            region = mmap.mmap(-1, nbytes, flags=flags)
+        except (OSError, ValueError, OverflowError) as error:
+            raise MemoryError(f"cannot reserve {nbytes} bytes of address space: {error}") from error
+        return np.frombuffer(region, dtype=np.uint8)
+
+    def copy(self, target: np.ndarray, source: np.ndarray) -> None:
+        target[...] = source
+
+    def clone(self, source: np.ndarray) -> np.ndarray:
+        return np.array(source)
+
+    def near(self, array: np.ndarray) -> np.ndarray:
+        return array
+
+    async def write(self, target: np.ndarray, data: HostBytes) -> None:
+        target[...] = np.frombuffer(data, dtype=np.uint8)
+
+    async def stage(self, data: HostBytes) -> _HostBytes:
+        return _HostBytes(np.frombuffer(data, dtype=np.uint8))
+
+    def begin_download(self, source: np.ndarray) -> _HostBytes:
+        """A view: `source` must not change before it is used."""
+        return _HostBytes(source)
+
+    def mark(self) -> Mark:
+        return None
+
+    def wait(self, mark: Mark) -> None:
+        pass
+
+    async def finish(self) -> None:
+        pass

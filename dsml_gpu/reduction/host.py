@@ -1,0 +1,325 @@
+"""Reductions in host memory: numpy's functions, or loops compiled by numba where it is installed (`fast`). Same bits."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cache, partial
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any
+
+import ml_dtypes
+import numpy as np
+
+from dsml_gpu.reduction.operators import Operator
+from dsml_gpu.reduction.passes import MAX_OPERANDS, TEMPORARY, Pass, aliases_of, plan_passes
+
+if TYPE_CHECKING:
+    from dsml_gpu.reduction.fast import Addresses, Loop
+
+log = logging.getLogger(__name__)
+
+# Measured on two cores of an AMD EPYC (Milan, 512 KiB of L2 and 32 MiB of shared L3), numpy 2.4, medians of one run.
+
+#: Operands that together are larger than this go through numpy block by block, so that what one function leaves in the
+#: cache is there for the next; smaller ones gain nothing by it and pay for the calls. The sum of four into all four in ms,
+#: float32, whole against blocks: 3.6 MB each 1.39 and 1.83, 5 MB 2.54 and 2.62, 6 MB 3.52 and 3.26, 16 MB 11.2 and 8.8.
+CACHE_BYTES = 24 << 20
+#: Bytes of one operand in a block. The same sum, 64 MB each, in blocks of 64, 128, 256, 512, 1024 and 4096 KiB: 33.1, 29.6,
+#: 26.4, 25.2 and, in another run, 31.5 (512), 30.7, 35.1 ms. Blocks that fit L2 lose more to the calls than they gain.
+BLOCK_BYTES = 512 << 10
+#: The half types' own functions in numpy are slow, but one call: up to so many bytes of two sources they are faster than
+#: widening. In large operands it is widening, with 0.5 against 0.3 GB/s (float16) and 1.8 against 1.2 (bfloat16).
+SMALL_HALF_BYTES = {np.dtype(np.float16): 20 << 10, np.dtype(ml_dtypes.bfloat16): 32 << 10}
+#: What a divisor may be: a number that all types but those of one byte can hold.
+MAX_DIVISOR = (1 << 31) - 1
+
+
+class _Scratch:
+    """Memory for one reduction: made when it is first asked for, and the same for each block.
+
+    Fresh memory for each block could come from the system each time, page by page.
+    """
+
+    def __init__(self) -> None:
+        self._memory: np.ndarray | None = None
+
+    def take(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> np.ndarray:
+        """Of arbitrary content, and the same memory as before."""
+        nbytes = math.prod(shape) * dtype.itemsize
+        if self._memory is None or self._memory.nbytes < nbytes:
+            self._memory = np.empty(nbytes, np.uint8)
+        return self._memory[:nbytes].view(dtype).reshape(shape)
+
+
+#: (sources, destinations, divisor, scratch): one reducing pass. Operands are of their type; of uint8 for a compiled loop.
+_Combine = Callable[[Sequence[np.ndarray], Sequence[np.ndarray], int, _Scratch], None]
+
+
+class HostReducer:
+    """See `Reducer`. `reduce` never compiles: where there is no compiled loop, numpy computes the same.
+
+    `prepare` compiles one loop, which serves any number of sources and destinations. May be used from several threads.
+
+    Args:
+        compiles: False: never use numba.
+        cache_bytes, block_bytes: see `CACHE_BYTES` and `BLOCK_BYTES`; a block is a multiple of 32 bytes.
+    """
+
+    def __init__(self, compiles: bool = True, cache_bytes: int = CACHE_BYTES, block_bytes: int = BLOCK_BYTES) -> None:
+        self._compiles = compiles
+        self._cache_bytes = cache_bytes
+        self._block_bytes = block_bytes
+        #: By numpy function and type; None where numba cannot help.
+        self._compiled: dict[tuple[str, np.dtype[Any]], _Compiled | None] = {}
+
+    def is_ready(self, operator: Operator, dtype: np.dtype[Any], operands: int = 3) -> bool:
+        """Whether `reduce` gains nothing by `prepare`.
+
+        Args:
+            operands: sources and destinations together. Up to three, only the half types gain.
+        """
+        if not self._compiles or (operator.ufunc, dtype) in self._compiled:
+            return True
+        return (operands <= 3 and dtype.itemsize != 2) or not _numba_is_installed()
+
+    def prepare(self, operator: Operator, dtype: np.dtype[Any]) -> None:
+        key = operator.ufunc, dtype
+        if self._compiles and key not in self._compiled and _numba_is_installed():
+            self._compiled[key] = _compile(*key)
+
+    def reduce(
+        self,
+        operator: Operator,
+        dtype: np.dtype[Any],
+        sources: Sequence[np.ndarray],
+        destinations: Sequence[np.ndarray],
+        divisor: int = 1,
+    ) -> None:
+        ufunc = getattr(np, operator.ufunc)
+        compiled = self._compiled.get((operator.ufunc, dtype))
+        pair = len(sources) == 2 and len(destinations) == 1
+        if pair and divisor == 1 and (dtype.itemsize != 2 or not (compiled or _is_large_half(dtype, sources[0]))):
+            # One call, as fast as memory. Small collectives come this way, and nothing else may cost here.
+            with np.errstate(all="ignore"):  # overflow to infinity and NaN are results, not warnings
+                ufunc(sources[0].view(dtype), sources[1].view(dtype), out=destinations[0].view(dtype))
+            return
+        nbytes = _checked_size(sources, destinations, divisor)
+        if compiled is not None and divisor > 1 and dtype.kind in "iu":
+            compiled = None  # it has no integer division
+        if compiled is not None and pair:
+            compiled.loop(compiled.addresses.of_three(*sources, *destinations), 2, nbytes, divisor)
+            return
+        aliases = _aliases(sources, destinations, _address if compiled is None else compiled.addresses.of)
+        passes = plan_passes(len(sources), aliases)
+        block_bytes = self._block_bytes
+        if compiled is None and dtype.itemsize == 2:
+            block_bytes //= 4  # what is worked on is three arrays of float32, each twice as large
+        elif (compiled and len(passes) == 1) or nbytes * max(len(sources), len(destinations)) <= self._cache_bytes:
+            block_bytes = nbytes
+        # The plan names no destination that is a source.
+        buffers: list[np.ndarray | None] = [*sources]
+        buffers += [own if alias is None else None for own, alias in zip(destinations, aliases, strict=True)]
+        if compiled is not None:
+            _run(passes, compiled.combine, buffers, divisor, block_bytes)
+            return
+        views = [array if array is None else array.view(dtype) for array in buffers]
+        combine = _combine_half if dtype.itemsize == 2 else _combine_own
+        with np.errstate(all="ignore"):
+            _run(passes, partial(combine, ufunc), views, divisor, block_bytes // dtype.itemsize)
+
+
+def _is_large_half(dtype: np.dtype[Any], source: np.ndarray) -> bool:
+    return source.nbytes > SMALL_HALF_BYTES[dtype]
+
+
+@dataclass(frozen=True, slots=True)
+class _Compiled:
+    """A loop of `fast`, which this module imports only to compile one."""
+
+    loop: Loop
+    addresses: Addresses
+
+    def combine(
+        self, sources: Sequence[np.ndarray], destinations: Sequence[np.ndarray], divisor: int, scratch: _Scratch
+    ) -> None:
+        addresses = np.array([self.addresses.of(array) for array in (*sources, *destinations)], np.uintp)
+        self.loop(addresses, len(sources), sources[0].nbytes, divisor)
+
+
+def _aliases(
+    sources: Sequence[np.ndarray], destinations: Sequence[np.ndarray], address: Callable[[np.ndarray], int]
+) -> tuple[int | None, ...]:
+    """Which source each destination is, as `plan_passes` wants it."""
+    if len(sources) <= 2 and len(destinations) <= MAX_OPERANDS:
+        # Nothing is written before both are read: it makes no difference which memory is whose, and addresses cost.
+        return (None,) * len(destinations)
+    aliases = aliases_of([*map(id, sources)], [*map(id, destinations)])
+    if None in aliases:  # another array may still be the same memory
+        aliases = aliases_of([*map(address, sources)], [*map(address, destinations)])
+    return aliases
+
+
+def _run(passes: Sequence[Pass], combine: _Combine, buffers: Sequence[np.ndarray | None], divisor: int, block: int) -> None:
+    """All passes over the first `block` elements of all buffers, then over the next."""
+    assert buffers[0] is not None
+    length = buffers[0].size
+    if not length:
+        return
+    scratch = _Scratch()
+    temporary = None
+    if len(passes) > 1 and any(TEMPORARY in step.destinations for step in passes):
+        temporary = np.empty(min(block, length), buffers[0].dtype)
+    buffers = [*buffers, temporary]
+    for start in range(0, length, block):
+        stop = start + block
+        pieces: Any = buffers if block >= length else [array if array is None else array[start:stop] for array in buffers]
+        if temporary is not None:
+            pieces[TEMPORARY] = temporary[: pieces[0].size]
+        for step in passes:
+            read = [pieces[index] for index in step.sources]
+            written = [pieces[index] for index in step.destinations]
+            if len(read) > 1 or (step.last and divisor > 1):
+                combine(read, written, divisor if step.last else 1, scratch)
+            else:
+                _copy(read[0], written)
+
+
+def _copy(source: np.ndarray, destinations: Sequence[np.ndarray]) -> None:
+    for destination in destinations:
+        if destination is not source:
+            np.copyto(destination, source)
+
+
+def _combine_own(
+    ufunc: Any, sources: Sequence[np.ndarray], destinations: Sequence[np.ndarray], divisor: int, scratch: _Scratch
+) -> None:
+    """Types that accumulate in themselves."""
+    dtype = sources[0].dtype
+    # Where intermediate results go must be no source that is still to be read.
+    target = next((d for d in destinations if not any(d is source for source in sources[2:])), None)
+    if target is None:
+        target = scratch.take(sources[0].shape, dtype)
+    accumulated = sources[0]
+    for source in sources[1:]:
+        ufunc(accumulated, source, out=target)
+        accumulated = target
+    if divisor > 1:
+        if dtype.kind == "f":
+            np.divide(accumulated, dtype.type(divisor), out=target)
+        else:
+            _divide_integers(accumulated, divisor, target)
+    _copy(target, destinations)
+
+
+def _divide_integers(dividend: np.ndarray, divisor: int, out: np.ndarray) -> None:
+    """Truncates toward zero. `out` may be the dividend."""
+    dtype = dividend.dtype
+    if divisor > np.iinfo(dtype).max:  # int8 on 200 ranks
+        wide = dividend.astype(np.int64)
+        _divide_integers(wide, divisor, wide)
+        np.copyto(out, wide, casting="unsafe")
+        return
+    by = dtype.type(divisor)
+    if dtype.kind == "i":
+        # floor_divide rounds toward minus infinity, which divisor - 1 makes up for where the sign is negative. It multiplies
+        # instead of dividing: int32 0.8 ns an element, and 2.5 with fmod.
+        ones_where_negative = np.right_shift(dividend, dtype.type(8 * dtype.itemsize - 1))
+        dividend = np.add(dividend, np.bitwise_and(ones_where_negative, dtype.type(divisor - 1)), out=out)
+    np.floor_divide(dividend, by, out=out)
+
+
+def _combine_half(
+    ufunc: Any, sources: Sequence[np.ndarray], destinations: Sequence[np.ndarray], divisor: int, scratch: _Scratch
+) -> None:
+    """float16 and bfloat16: accumulate in float32 and round once."""
+    accumulated, incoming, spare = scratch.take((3, sources[0].size), np.dtype(np.float32))
+    widen, narrow = (_widen_float16, _narrow_float16) if sources[0].dtype == np.float16 else (np.copyto, _narrow_bfloat16)
+    widen(accumulated, sources[0])
+    for source in sources[1:]:
+        widen(incoming, source)
+        ufunc(accumulated, incoming, out=accumulated)
+    if divisor > 1:
+        np.divide(accumulated, np.float32(divisor), out=accumulated)
+    narrow(destinations[0], accumulated, incoming, spare)
+    _copy(destinations[0], destinations[1:])
+
+
+def _narrow_bfloat16(out: np.ndarray, values: np.ndarray, *scratch: np.ndarray) -> None:
+    np.copyto(out, values, casting="unsafe")
+
+
+_EXPONENT = np.uint32(0x7F800000)
+_SIGN_AND_NUMBER = np.uint32(0x8FFFE000)
+_SHIFT = np.uint32(23 - 10)  # from the mantissa of float16 to that of float32
+_UP, _DOWN = np.float32(2.0**112), np.float32(2.0**-112)  # between the biases of their exponents, 15 and 127
+_INFINITY = np.float32(2.0**16)  # the first power of two that float16 does not have
+
+
+def _widen_float16(out: np.ndarray, values: np.ndarray) -> None:
+    bits = out.view(np.uint32)
+    np.copyto(bits.view(np.int32), values.view(np.int16))  # extends the sign, one bit of which the mask leaves
+    np.left_shift(bits, _SHIFT, out=bits)
+    np.bitwise_and(bits, _SIGN_AND_NUMBER, out=bits)
+    np.multiply(out, _UP, out=out)  # exact, and a number with float32's exponent where float16's was subnormal
+    if np.maximum.reduce(out) >= _INFINITY or np.minimum.reduce(out) <= -_INFINITY:
+        np.bitwise_or(bits, _EXPONENT, out=bits, where=np.abs(out) >= _INFINITY)
+
+
+def _narrow_float16(out: np.ndarray, values: np.ndarray, power: np.ndarray, spare: np.ndarray) -> None:
+    """To nearest, ties to even. Nothing remains of the other three."""
+    bits = values.view(np.uint32)
+    sign = np.right_shift(bits, np.uint32(16), out=spare.view(np.uint32))
+    np.bitwise_and(sign, np.uint32(0x8000), out=sign)
+    np.abs(values, out=values)
+    np.minimum(values, _INFINITY, out=values)
+    # A power of two so high that the last bit of the sum is worth as much as float16's: the addition rounds there. Below
+    # 2**-14 float16 is subnormal, and the worth of its last bit the same for all.
+    exponent = np.bitwise_and(bits, _EXPONENT, out=power.view(np.uint32))
+    np.maximum(exponent, np.uint32((127 - 14) << 23), out=exponent)
+    np.add(exponent, np.uint32(_SHIFT << np.uint32(23)), out=exponent)
+    np.add(values, power, out=values)
+    np.subtract(values, power, out=values)
+    # Scaled down, a number has the bits of float16, and 2**16 those of infinity. Of a NaN the highest bits remain set.
+    np.multiply(values, _DOWN, out=values)
+    np.right_shift(bits, _SHIFT, out=bits)
+    np.bitwise_or(bits, sign, out=bits)
+    np.copyto(out.view(np.uint16), bits, casting="unsafe")
+
+
+def _checked_size(sources: Sequence[np.ndarray], destinations: Sequence[np.ndarray], divisor: int) -> int:
+    """Bytes of every operand. Compiled code would read and write past the end of a shorter one."""
+    nbytes = destinations[0].nbytes
+    for array in sources:
+        if array.nbytes != nbytes:
+            raise ValueError(f"operands differ in size: a source of {array.nbytes}, a destination of {nbytes} bytes")
+    for array in destinations:
+        if array.nbytes != nbytes:
+            raise ValueError(f"operands differ in size: destinations of {array.nbytes} and {nbytes} bytes")
+        if not array.flags.writeable:
+            raise ValueError("a destination is read-only")
+    if not 1 <= divisor <= MAX_DIVISOR:
+        raise ValueError(f"divisor must be 1 to {MAX_DIVISOR}, not {divisor}")
+    return nbytes
+
+
+def _address(array: np.ndarray) -> int:
+    address: int = array.__array_interface__["data"][0]
+    return address
+
+
+@cache
+def _numba_is_installed() -> bool:
+    return find_spec("numba") is not None
+
+
+def _compile(ufunc: str, dtype: np.dtype[Any]) -> _Compiled | None:
+    try:
+        from dsml_gpu.reduction import fast
+    except ImportError as error:  # numba refuses a numpy that is too new for it
+        log.warning("numba is installed but cannot be imported, so numpy reduces: %s", error)
+        return None
+    loop = fast.compiled_loop(ufunc, dtype)
+    return None if loop is None else _Compiled(loop, fast.address_functions())

@@ -1,0 +1,39 @@
+"""What the executor asks of whoever reduces, on the host or on a GPU."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import numpy as np
+
+from dsml_gpu.reduction.operators import Operator
+
+
+class Reducer(Protocol):
+    """Reduces arrays of one device's memory. Calls come from one event loop, but for `prepare`."""
+
+    def is_ready(self, operator: Operator, dtype: np.dtype[Any]) -> bool:
+        """Whether `reduce` can run at once; otherwise it compiles first. Costs next to nothing."""
+
+    def prepare(self, operator: Operator, dtype: np.dtype[Any]) -> None:
+        """Compiles what `reduce` needs for two sources. Takes up to seconds; for a thread."""
+
+    def reduce(
+        self,
+        operator: Operator,
+        dtype: np.dtype[Any],
+        sources: Sequence[Any],
+        destinations: Sequence[Any],
+        divisor: int = 1,
+    ) -> None:
+        """``destinations[j][i] = operator(sources[0][i], ..., sources[n-1][i])`` for all j, queued on the device.
+
+        Sources are combined from left to right, at most 8 in one pass (`passes`). float16 and bfloat16 accumulate in float32
+        and round once per pass; integers wrap; MIN and MAX propagate NaN.
+
+        Args:
+            sources, destinations: one-dimensional uint8 arrays of the same size, a multiple of the item size, at any
+                address. A destination may be one of the sources; otherwise no two overlap.
+            divisor: above 1 only with AVG, which is divided in the accumulator; integers truncate toward zero.
+        """
