@@ -44,7 +44,21 @@ def check() -> None:
         _, why = select_backends("cupy")
     except BackendUnavailable as reason:
         sys.exit(f"gpu_report: {reason}")
+    try:
+        _compile_something()
+    except Exception as error:  # noqa: BLE001  whatever CuPy lacks: headers, NVRTC, a driver that is new enough
+        sys.exit(f"gpu_report: CuPy cannot compile here: {type(error).__name__}: {' '.join(str(error).split())[:500]}")
     print(f"gpu_report: {why}")
+
+
+def _compile_something() -> None:
+    """One kernel of ours, and one of CuPy's own, which needs headers."""
+    import cupy as cp
+
+    from dsml_gpu.reduction.cuda import loaded_kernels
+
+    loaded_kernels(0).kernel("reduce<float, Sum, 2>")
+    cp.add(cp.zeros(4), cp.zeros(4))
 
 
 def write(work: Path, folder: Path) -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import signal
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from statistics import median
@@ -127,15 +129,45 @@ def run(setup: Setup) -> None:
 def _run(setup: Setup, train_on: Examples, test_on: Examples) -> None:
     console = Console(highlight=False)
     with Fleet(setup.nworkers) as fleet, connect(fleet.address) as client, client.communicator(setup.nworkers) as comm:
-        console.print(f"{setup.nworkers} device servers run on this machine, and their coordinator at {fleet.address}")
-        # Where nobody watches, a bar is only noise.
-        with Progress(*_columns(), console=console, disable=not console.is_terminal) as progress:
-            bar = progress.add_task("training", total=setup.epochs * digits.batches_per_epoch(train_on))
-            training = train(comm, train_on, setup, on_step=lambda: progress.advance(bar))
+        with interrupts_at_steps() as raise_interrupt:
+            console.print(f"{setup.nworkers} device servers run on this machine, and their coordinator at {fleet.address}")
+            # Where nobody watches, a bar is only noise.
+            with Progress(*_columns(), console=console, disable=not console.is_terminal) as progress:
+                bar = progress.add_task("training", total=setup.epochs * digits.batches_per_epoch(train_on))
+
+                def on_step() -> None:
+                    progress.advance(bar)
+                    raise_interrupt()
+
+                training = train(comm, train_on, setup, on_step)
         comparisons = [compare(comm, elements) for elements in COMPARED_SIZES]
     check = check_training(training, train_on, test_on, setup.epochs)
     console.print(table(setup, training, check, comparisons))
     require_rounding_only(check.difference)
+
+
+@contextmanager
+def interrupts_at_steps() -> Iterator[Callable[[], None]]:
+    """Makes Ctrl-C wait for the function that this gives, which raises KeyboardInterrupt then; a second one does so at once.
+
+    Raised anywhere it can be lost: what is raised in a callback of gRPC's own code ends there.
+    """
+    interrupted = False
+
+    def remember(number: int, frame: object) -> None:
+        nonlocal interrupted
+        interrupted = True
+        signal.signal(signal.SIGINT, previous)
+
+    def raise_interrupt() -> None:
+        if interrupted:
+            raise KeyboardInterrupt
+
+    previous = signal.signal(signal.SIGINT, remember)
+    try:
+        yield raise_interrupt
+    finally:
+        signal.signal(signal.SIGINT, previous)
 
 
 def train(comm: Communicator, examples: Examples, setup: Setup, on_step: Callable[[], object]) -> Training:

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import asyncio
 import itertools
 import secrets
 from collections import deque
-from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -15,6 +14,7 @@ from dsml_gpu.device.dataflow import Dataflow, dataflow_of
 from dsml_gpu.device.device import Device, Membership, Peer
 from dsml_gpu.device.executor import GroupExecution, Links, Operation
 from dsml_gpu.device.point_to_point import PointToPoint
+from dsml_gpu.device.preparation import Preparation
 from dsml_gpu.errors import (
     CommNotReady,
     DeviceNotFound,
@@ -25,7 +25,7 @@ from dsml_gpu.errors import (
     StreamLength,
 )
 from dsml_gpu.memory.device_memory import Download
-from dsml_gpu.reduction import Reducer, dtype_of, elements_in, operator_of
+from dsml_gpu.reduction import dtype_of, elements_in, operator_of
 from dsml_gpu.schedules import Kind, Move, Program
 from dsml_gpu.transport.grpc import ChannelPool, GrpcRecvLink, GrpcSendLink, serve_stream_send
 from dsml_gpu.transport.incoming import IncomingTable
@@ -73,6 +73,7 @@ class DeviceService:
         self._process_uid = secrets.token_hex(8)
         self._settings = settings
         self._devices: dict[int, Device] = {}
+        self._preparation = Preparation()
         self._incoming = IncomingTable(self._settings.stall_timeout_s)
         self._pipes = PipeTable(self._settings.stall_timeout_s)
         self._channels = ChannelPool()
@@ -178,7 +179,8 @@ class DeviceService:
         slice_bytes = request.sliceBytes or self._settings.slice_bytes
         check_slice_bytes(slice_bytes)
         stall_timeout_s = request.stallTimeoutMs / 1000 or self._settings.stall_timeout_s
-        await _prepare(device.reducer, operations)
+        for operation in operations:
+            await self._preparation.begin(device.reducer, operation.operator, operation.dtype)
         links = self._open_links(device, membership, request.links, flows)
         execution = GroupExecution(device, membership.nranks, links, slice_bytes, stall_timeout_s)
         await execution.run(operations)
@@ -266,13 +268,6 @@ class DeviceService:
         finally:
             for download in under_way:
                 download.release()
-
-
-async def _prepare(reducer: Reducer, operations: Sequence[Operation]) -> None:
-    """Compiles what the operations need, where that was not done before, without stopping the event loop."""
-    for operation in operations:
-        if not reducer.is_ready(operation.operator, operation.dtype):
-            await asyncio.to_thread(reducer.prepare, operation.operator, operation.dtype)
 
 
 def check_slice_bytes(slice_bytes: int) -> None:

@@ -25,6 +25,8 @@ import numpy as np
 from dsml_gpu.errors import InternalError
 from dsml_gpu.memory.device_memory import DeviceNDArray, HostBytes, Mark
 
+#: cudaErrorMemoryAllocation.
+_MEMORY_ALLOCATION = 2
 #: Least size of a slot; what is longer is copied piece by piece, or has a slot of its own size.
 SLOT_BYTES = 1 << 20
 #: Slots under way on one stream before the next copy waits for the oldest.
@@ -46,33 +48,36 @@ class CudaMemory:
 
     def __init__(self, gpu: int) -> None:
         self.gpu = gpu
-        with self._on_gpu():
-            self.compute = cp.cuda.Stream(non_blocking=True)
-            self._from_host = cp.cuda.Stream(non_blocking=True)
-            self._to_host = cp.cuda.Stream(non_blocking=True)
-        self._waiter = EventWaiter()
-        self._upload_slots = SlotPool(self._waiter, partial(self._allocate_on, self._from_host))
+        # For good, not for a while: CUDA's own first choice, GPU 0, would get a context that nobody wants.
+        cp.cuda.Device(gpu).use()
+        self.compute = cp.cuda.Stream(non_blocking=True)
+        self._from_host = cp.cuda.Stream(non_blocking=True)
+        self._to_host = cp.cuda.Stream(non_blocking=True)
+        self._waiter = EventWaiter(gpu)
+        self._upload_slots = SlotPool(self._waiter, partial(_from_pool, gpu, self._from_host))
         self._download_slots = SlotPool(self._waiter)
 
     def _on_gpu(self) -> Any:
         return cp.cuda.Device(self.gpu)
 
     def allocate(self, nbytes: int) -> DeviceNDArray:
-        array = self._allocate_on(self.compute, nbytes)
         with self._on_gpu():
+            try:
+                # Not from CuPy's pool, which would keep it when the device has ended.
+                memory = cp.cuda.Memory(nbytes)
+            except cp.cuda.runtime.CUDARuntimeError as error:
+                if error.status != _MEMORY_ALLOCATION:
+                    raise
+                raise MemoryError(str(error)) from error
+            array = cp.ndarray((nbytes,), cp.uint8, cp.cuda.MemoryPointer(memory, 0))
             cp.cuda.runtime.memsetAsync(array.data.ptr, 0, nbytes, self.compute.ptr)
         return array
-
-    def _allocate_on(self, stream: Any, nbytes: int) -> DeviceNDArray:
-        # CuPy's pool gives memory that was freed on a stream to the same stream only, so nothing needs to be waited for.
-        with self._on_gpu(), stream:
-            return cp.ndarray((nbytes,), cp.uint8, cp.cuda.alloc(nbytes))
 
     def copy(self, target: DeviceNDArray, source: DeviceNDArray) -> None:
         _copy_async(target.data.ptr, source.data.ptr, target.nbytes, cp.cuda.runtime.memcpyDeviceToDevice, self.compute)
 
     def clone(self, source: DeviceNDArray) -> DeviceNDArray:
-        array = self._allocate_on(self.compute, source.nbytes)
+        array = _from_pool(self.gpu, self.compute, source.nbytes)
         self.copy(array, source)
         return array
 
@@ -80,22 +85,25 @@ class CudaMemory:
         source = array.device.id
         if source == self.gpu:
             return array
-        here = self._allocate_on(self.compute, array.nbytes)
+        here = _from_pool(self.gpu, self.compute, array.nbytes)
         cp.cuda.runtime.memcpyPeerAsync(here.data.ptr, self.gpu, array.data.ptr, source, array.nbytes, self.compute.ptr)
         return here
 
     async def write(self, target: DeviceNDArray, data: HostBytes) -> None:
         source = np.frombuffer(data, np.uint8)
         self._order(self.compute, self._from_host)
-        for start in range(0, source.size, SLOT_BYTES):
-            piece = source[start : start + SLOT_BYTES]
-            slot = await self._upload_slots.take(piece.size)
-            slot.host[: piece.size] = piece
-            destination = target.data.ptr + start
-            _copy_async(destination, slot.host_ptr, piece.size, cp.cuda.runtime.memcpyHostToDevice, self._from_host)
-            slot.busy_until = self._record(self._from_host)
-            self._upload_slots.give_back(slot)
-        self._order(self._from_host, self.compute)
+        try:
+            for start in range(0, source.size, SLOT_BYTES):
+                piece = source[start : start + SLOT_BYTES]
+                slot = await self._upload_slots.take(piece.size)
+                slot.host[: piece.size] = piece
+                destination = target.data.ptr + start
+                _copy_async(destination, slot.host_ptr, piece.size, cp.cuda.runtime.memcpyHostToDevice, self._from_host)
+                slot.busy_until = self._record(self._from_host)
+                self._upload_slots.give_back(slot)
+        finally:
+            # Also when this is cancelled: what is queued already must not overtake what comes later.
+            self._order(self._from_host, self.compute)
 
     async def stage(self, data: HostBytes) -> _StagedSlot:
         source = np.frombuffer(data, np.uint8)
@@ -178,10 +186,12 @@ class SlotPool:
             if slot.host.nbytes >= nbytes:
                 return slot
             self._count -= 1
-        self._count += 1
         nbytes = max(nbytes, SLOT_BYTES)
-        host = np.frombuffer(cp.cuda.alloc_pinned_memory(nbytes), np.uint8, nbytes)
-        return Slot(host, None if self._allocate is None else self._allocate(nbytes))
+        with cp.cuda.Device(self._waiter.gpu):
+            host = np.frombuffer(cp.cuda.alloc_pinned_memory(nbytes), np.uint8, nbytes)
+        slot = Slot(host, None if self._allocate is None else self._allocate(nbytes))
+        self._count += 1
+        return slot
 
     def give_back(self, slot: Slot) -> None:
         """`slot` is free once its `busy_until` is done."""
@@ -225,9 +235,14 @@ class _DownloadSlot:
 
 
 class EventWaiter:
-    """Lets coroutines wait for CUDA events without stopping their event loop; the waiting is done by a thread."""
+    """Lets coroutines wait for CUDA events without stopping their event loop; the waiting is done by a thread.
 
-    def __init__(self) -> None:
+    Args:
+        gpu: of the events.
+    """
+
+    def __init__(self, gpu: int) -> None:
+        self.gpu = gpu
         self._events: queue.SimpleQueue[Any] = queue.SimpleQueue()
         self._thread: threading.Thread | None = None
 
@@ -240,7 +255,9 @@ class EventWaiter:
         if event.done:
             return
         if self._thread is None:
-            self._thread = threading.Thread(target=_wait_in_turn, args=(self._events,), name="cuda-events", daemon=True)
+            self._thread = threading.Thread(
+                target=_wait_in_turn, args=(self.gpu, self._events), name="cuda-events", daemon=True
+            )
             self._thread.start()
             weakref.finalize(self, self._events.put, None)
         loop = asyncio.get_running_loop()
@@ -249,7 +266,8 @@ class EventWaiter:
         await woken
 
 
-def _wait_in_turn(events: queue.SimpleQueue[Any]) -> None:
+def _wait_in_turn(gpu: int, events: queue.SimpleQueue[Any]) -> None:
+    cp.cuda.Device(gpu).use()
     # In turn although they may end in another order: each depends on the GPU alone, so each ends.
     while (item := events.get()) is not None:
         event, loop, woken = item
@@ -269,6 +287,12 @@ def _wake(woken: asyncio.Future[None], error: InternalError | None) -> None:
         woken.set_result(None)
     else:
         woken.set_exception(error)
+
+
+def _from_pool(gpu: int, stream: Any, nbytes: int) -> DeviceNDArray:
+    # CuPy's pool gives memory that was freed on a stream to the same stream only, so nothing needs to be waited for.
+    with cp.cuda.Device(gpu), stream:
+        return cp.ndarray((nbytes,), cp.uint8, cp.cuda.alloc(nbytes))
 
 
 def _new_event() -> Any:

@@ -29,18 +29,19 @@ class CudaReducer:
         stream: CuPy stream of that GPU on which kernels run.
     """
 
+    must_be_ready = True
+
     def __init__(self, gpu: int, stream: Any) -> None:
         self._gpu = gpu
         self._stream = stream
         self._kernels = loaded_kernels(gpu)
-        with cp.cuda.Device(gpu):
-            multiprocessors = cp.cuda.Device(gpu).attributes["MultiProcessorCount"]
-        self._max_blocks = multiprocessors * _BLOCKS_PER_MULTIPROCESSOR
+        self._max_blocks = cp.cuda.Device(gpu).attributes["MultiProcessorCount"] * _BLOCKS_PER_MULTIPROCESSOR
 
     def is_ready(self, operator: Operator, dtype: np.dtype[Any]) -> bool:
         return all(name in self._kernels for name in _needed(operator, dtype))
 
     def prepare(self, operator: Operator, dtype: np.dtype[Any]) -> None:
+        cp.cuda.Device(self._gpu).use()  # in a thread that may have used none yet, or another one
         for name in _needed(operator, dtype):
             self._kernels.kernel(name)
 

@@ -68,6 +68,8 @@ class HostReducer:
         cache_bytes, block_bytes: see `CACHE_BYTES` and `BLOCK_BYTES`; a block is a multiple of 32 bytes.
     """
 
+    must_be_ready = False
+
     def __init__(self, compiles: bool = True, cache_bytes: int = CACHE_BYTES, block_bytes: int = BLOCK_BYTES) -> None:
         self._compiles = compiles
         self._cache_bytes = cache_bytes

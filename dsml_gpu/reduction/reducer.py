@@ -11,10 +11,16 @@ from dsml_gpu.reduction.operators import Operator
 
 
 class Reducer(Protocol):
-    """Reduces arrays of one device's memory. Calls come from one event loop, but for `prepare`."""
+    """Reduces arrays of one device's memory. Calls come from one event loop, but for `prepare`.
+
+    Attributes:
+        must_be_ready: `reduce` would stop the event loop to compile; otherwise it is only slower until all is compiled.
+    """
+
+    must_be_ready: bool
 
     def is_ready(self, operator: Operator, dtype: np.dtype[Any]) -> bool:
-        """Whether `reduce` can run at once; otherwise it compiles first. Costs next to nothing."""
+        """Whether there is nothing to `prepare`. Costs next to nothing."""
 
     def prepare(self, operator: Operator, dtype: np.dtype[Any]) -> None:
         """Compiles what `reduce` needs for two sources. Takes up to seconds; for a thread."""

@@ -99,7 +99,8 @@ class _Method:
         try:
             return await self._call(self._well_formed_stream(requests), context)
         except Exception as error:  # noqa: BLE001  becomes the call's status
-            await _discard_rest(requests)
+            if self._method.name != "StreamSend":  # whose sender is to hear of it at once, whatever it hears
+                await _discard_rest(requests)
             await _refuse(context, error)
         finally:
             self._memory.call_ended()
@@ -132,7 +133,7 @@ async def _discard_rest(requests: AsyncIterator[Any]) -> None:
         async for _ in requests:
             pass
 
-    with suppress(OperationTimeout, grpc.RpcError, asyncio.InvalidStateError):
+    with suppress(OperationTimeout, grpc.RpcError, grpc.aio.UsageError, asyncio.InvalidStateError):
         await in_time(discard(), _DISCARD_S, "the end of the stream")
 
 

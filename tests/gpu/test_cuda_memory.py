@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import gc
+import threading
+import weakref
 from typing import Any
 
 import numpy as np
@@ -125,6 +128,70 @@ def test_a_slice_larger_than_a_slot(gpu: Any) -> None:
             kept = memory.clone(staged.array)
             staged.release()
             np.testing.assert_array_equal(await fetch(memory, kept), data)
+
+    asyncio.run(scenario())
+
+
+def test_a_write_that_is_cancelled_does_not_overtake_what_comes_later(gpu: Any) -> None:
+    async def scenario() -> None:
+        memory = memory_of()
+        nbytes = 24 << 20  # more than all slots take
+        array, zeros = memory.allocate(nbytes), memory.allocate(nbytes)
+        await memory.finish()
+        cancelled = 0
+        for _ in range(10):
+            writing = asyncio.ensure_future(memory.write(array, np.ones(nbytes, np.uint8)))
+            await asyncio.sleep(0)  # until it waits for a slot
+            writing.cancel()
+            await asyncio.wait([writing])
+            cancelled += writing.cancelled()
+            memory.copy(array, zeros)
+            await memory.finish()
+            for start in range(0, nbytes, 1 << 20):
+                assert not (await fetch(memory, array[start : start + (1 << 20)])).any()
+        assert cancelled or gpu.simulated is None, "a GPU may be too quick for this"
+
+    asyncio.run(scenario())
+
+
+def test_memory_that_is_freed_is_used_again_in_order_only(gpu: Any) -> None:
+    """A copy that nobody refers to any more may still be under way when its memory is given to the next."""
+
+    async def scenario() -> None:
+        memory = memory_of()
+        total, part = memory.allocate(8 * 1000), memory.allocate(8 * 1000)
+        reducer = reducer_of(memory)
+        expected = np.zeros(1000)
+        for number in range(30):
+            await memory.write(part, np.full(1000, float(number)).view(np.uint8))
+            reducer.reduce(SUM, F64, (total, memory.clone(part)), (total,))
+            expected += number
+        np.testing.assert_array_equal((await fetch(memory, total)).view(F64), expected)
+
+    asyncio.run(scenario())
+
+
+def test_memory_ends_with_its_last_reference(gpu: Any) -> None:
+    """Without a garbage collection: streams, slots, and the thread that waits for events."""
+
+    async def scenario() -> None:
+        others = set(threading.enumerate())
+        gc.disable()
+        try:
+            for _ in range(3):
+                memory = memory_of()
+                array = memory.allocate(1000)
+                await memory.write(array, some_bytes(1000))
+                await memory.finish()
+                ended = weakref.ref(memory)
+                del memory, array
+                assert ended() is None
+        finally:
+            gc.enable()
+        deadline = asyncio.get_running_loop().time() + 10
+        while waiting := [thread for thread in set(threading.enumerate()) - others if thread.name == "cuda-events"]:
+            assert asyncio.get_running_loop().time() < deadline, waiting
+            await asyncio.sleep(0.01)
 
     asyncio.run(scenario())
 

@@ -28,8 +28,10 @@ Launcher = Callable[[str, np.ndarray, int, int], None]
 _MAX_DELAY_S = 0.0005
 
 
-class OutOfMemoryError(MemoryError):
-    """As cupy.cuda.memory.OutOfMemoryError."""
+class CUDARuntimeError(RuntimeError):
+    """As cupy.cuda.runtime.CUDARuntimeError; this one says that there is no memory."""
+
+    status = 2
 
 
 class SimulatedCupy(SimpleNamespace):
@@ -53,6 +55,8 @@ class SimulatedCupy(SimpleNamespace):
         self._streams: dict[int, Stream] = {}
         # Work that is queued names memory by address alone; nothing is unmapped before the simulation ends.
         self._regions: list[tuple[mmap.mmap, range, int]] = []
+        #: What was freed, by size and stream.
+        self._pool: dict[tuple[int, int], list[Memory]] = {}
         super().__init__(
             add=self._add,
             ndarray=lambda shape, dtype, memptr: DeviceArray(memptr, memptr.ptr, shape[0]),
@@ -65,8 +69,10 @@ class SimulatedCupy(SimpleNamespace):
                 nvrtc=SimpleNamespace(getVersion=lambda: (0, 0)),
                 alloc=self._alloc,
                 alloc_pinned_memory=self._alloc_pinned,
-                memory=SimpleNamespace(OutOfMemoryError=OutOfMemoryError),
+                Memory=self._memory,
+                MemoryPointer=MemoryPointer,
                 runtime=SimpleNamespace(
+                    CUDARuntimeError=CUDARuntimeError,
                     memcpyHostToDevice=1,
                     memcpyDeviceToHost=2,
                     memcpyDeviceToDevice=3,
@@ -113,17 +119,45 @@ class SimulatedCupy(SimpleNamespace):
             stream.end()
 
     def _alloc(self, nbytes: int) -> MemoryPointer:
+        """From the pool: memory that was freed while the same stream was current, as it is, before any other."""
+        key = (nbytes, self.stack("streams", [])[-1].ptr)
+        free = self._pool.setdefault(key, [])
+        memory = free.pop() if free else self._memory(nbytes)
+        pointer = MemoryPointer(memory, 0)
+        weakref.finalize(pointer, free.append, memory)
+        return pointer
+
+    def _memory(self, nbytes: int) -> Memory:
+        """From the driver."""
         gpu = self.current_gpu
         if nbytes > self.free_bytes[gpu]:
-            raise OutOfMemoryError(f"Out of memory allocating {nbytes} bytes")
+            raise CUDARuntimeError(f"cudaErrorMemoryAllocation: out of memory allocating {nbytes} bytes")
         region = mmap.mmap(-1, max(nbytes, 1) + mmap.PAGESIZE)
         region[: min(nbytes, 1 << 20)] = b"\xcd" * min(nbytes, 1 << 20)
-        self.free_bytes[gpu] -= nbytes
         start = ctypes.addressof(ctypes.c_char.from_buffer(region))
         self._regions.append((region, range(start, start + nbytes), gpu))
-        pointer = MemoryPointer(start, gpu)
-        weakref.finalize(pointer, self._free, gpu, nbytes)
-        return pointer
+        self.free_bytes[gpu] -= nbytes
+        memory = Memory(start, gpu)
+        weakref.finalize(memory, self._free, gpu, nbytes)
+        return memory
+
+    def _free(self, gpu: int, nbytes: int) -> None:
+        self.free_bytes[gpu] += nbytes
+
+    def _alloc_pinned(self, nbytes: int) -> np.ndarray:
+        self.pinned_bytes += nbytes
+        return np.full(nbytes, 0xDD, np.uint8)
+
+    def _memcpy(self, target: int, source: int, nbytes: int, kind: int, stream: int) -> None:
+        self._streams[stream].queue(lambda: ctypes.memmove(target, source, nbytes))
+
+    def check_operands(self, arguments: np.ndarray) -> None:
+        """A kernel must not touch what is not on its GPU: these have no peer access to each other."""
+        if not arguments["count"][0]:
+            return
+        for address in (*arguments["sources"][0].tolist(), *arguments["destinations"][0].tolist()):
+            here = any(address in addresses for _, addresses, gpu in self._regions if gpu == self.current_gpu)
+            assert here or not address, f"a kernel of GPU {self.current_gpu} is given address {address:#x}"
 
     def _add(self, left: DeviceArray, right: DeviceArray, out: DeviceArray) -> None:
         def run() -> None:
@@ -135,31 +169,21 @@ class SimulatedCupy(SimpleNamespace):
 
         self.stack("streams", [])[-1].queue(run)
 
-    def _alloc_pinned(self, nbytes: int) -> np.ndarray:
-        self.pinned_bytes += nbytes
-        return np.full(nbytes, 0xDD, np.uint8)
 
-    def check_operands(self, arguments: np.ndarray) -> None:
-        """A kernel must not touch what is not on its GPU: these have no peer access to each other."""
-        if not arguments["count"][0]:
-            return
-        for address in (*arguments["sources"][0].tolist(), *arguments["destinations"][0].tolist()):
-            here = any(address in addresses for _, addresses, gpu in self._regions if gpu == self.current_gpu)
-            assert here or not address, f"a kernel of GPU {self.current_gpu} is given address {address:#x}"
-
-    def _free(self, gpu: int, nbytes: int) -> None:
-        self.free_bytes[gpu] += nbytes
-
-    def _memcpy(self, target: int, source: int, nbytes: int, kind: int, stream: int) -> None:
-        self._streams[stream].queue(lambda: ctypes.memmove(target, source, nbytes))
-
-
-class MemoryPointer:
-    """Memory of a GPU; freed when nothing refers to it."""
+class Memory:
+    """Memory of a GPU; goes back to the driver when nothing refers to it."""
 
     def __init__(self, ptr: int, gpu: int) -> None:
         self.ptr = ptr
         self.gpu = gpu
+
+
+class MemoryPointer:
+    """A place in memory. Memory of the pool goes back there when nothing refers to this."""
+
+    def __init__(self, memory: Memory, offset: int) -> None:
+        self.memory = memory
+        self.ptr = memory.ptr + offset
 
 
 class DeviceArray:
@@ -170,7 +194,7 @@ class DeviceArray:
         self.dtype = dtype
         self.data = SimpleNamespace(ptr=ptr)
         self.nbytes = nbytes
-        self.device = SimpleNamespace(id=memory.gpu)
+        self.device = SimpleNamespace(id=memory.memory.gpu)
 
     def view(self, dtype: Any) -> DeviceArray:
         return DeviceArray(self._memory, self.data.ptr, self.nbytes, dtype)
@@ -188,6 +212,9 @@ class Device:
         self.attributes = {"MultiProcessorCount": 2}
         self._cupy = cupy
         self._gpu = gpu
+
+    def use(self) -> None:
+        self._cupy.stack("gpus", [0])[-1] = self._gpu
 
     def __enter__(self) -> None:
         self._cupy.stack("gpus", [0]).append(self._gpu)
