@@ -5,7 +5,7 @@ over the whole buffers, and against numpy block by block. Then ``out = a + b`` i
 against ours without and with compiled loops, in bytes of one operand.
 
 Exit status 1 when a result is wrong; or, with numba installed, when the sum of four is slower than the faster of the other
-two, or a half type comes to less than 8 GB/s.
+two, or a half type is not so many times as fast as numpy's own as 8 GB/s are on a quiet machine (27 and 5.7 times).
 """
 
 from __future__ import annotations
@@ -31,9 +31,8 @@ RANKS = 4
 SIZES = (3_600_000, 64_000_000)
 ELEMENTS = 1 << 20
 WHOLE, BLOCKS, OURS, COMPILED = "numpy", "numpy, blocks", "ours", "ours, compiled"
-HALVES = ("FLOAT16", "BFLOAT16")
-#: Bytes of one operand in a second, on one core.
-LEAST_HALF_GB_S = 8.0
+#: How many times as fast as numpy's own: 8 GB/s against 0.3 and 1.4.
+LEAST_HALF_RATIOS = {"FLOAT16": 8 / 0.3, "BFLOAT16": 8 / 1.4}
 
 
 def reducers() -> dict[str, HostReducer]:
@@ -143,7 +142,7 @@ def main() -> int:
     print(f"\nout = a + b, {ELEMENTS} elements; GB of one operand in a second")
     names = [WHOLE, *reducers()]
     print(f"{'':<20}" + "".join(f"{name:>18}" for name in names))
-    for dtype_name in ("FLOAT64", "FLOAT32", *HALVES):
+    for dtype_name in ("FLOAT64", "FLOAT32", *LEAST_HALF_RATIOS):
         dtype = DTYPES[dtype_name]
         times_s, wrong = additions(dtype, arguments.repeat)
         gb_s = {name: ELEMENTS * dtype.itemsize / time_s / 1e9 for name, time_s in times_s.items()}
@@ -151,8 +150,9 @@ def main() -> int:
         figures["addition_gb_s"][str(dtype)] = gb_s
         if wrong:
             failures.append(f"{wrong} wrong elements of {dtype}")
-        if COMPILED in gb_s and dtype_name in HALVES and gb_s[COMPILED] < LEAST_HALF_GB_S:
-            failures.append(f"{dtype}: {gb_s[COMPILED]:.1f} GB/s, expected {LEAST_HALF_GB_S:g}")
+        as_fast = gb_s.get(COMPILED, 0) / gb_s[WHOLE]
+        if COMPILED in gb_s and as_fast < LEAST_HALF_RATIOS.get(dtype_name, 0):
+            failures.append(f"{dtype}: {as_fast:.1f} times numpy's own, expected {LEAST_HALF_RATIOS[dtype_name]:.1f}")
     if COMPILED not in names:
         print("\nno compiled loops: numba is not installed (pip install 'dsml-gpu[fast]')")
 

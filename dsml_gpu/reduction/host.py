@@ -54,8 +54,9 @@ class _Scratch:
         return self._memory[:nbytes].view(dtype).reshape(shape)
 
 
-#: (sources, destinations, divisor, scratch): one reducing pass. Operands are of their type; of uint8 for a compiled loop.
-_Combine = Callable[[Sequence[np.ndarray], Sequence[np.ndarray], int, _Scratch], None]
+#: (sources, destinations, accumulator, divisor, scratch): one reducing pass. Operands are of their type; of uint8 for a
+#: compiled loop. The accumulator is the destination of `Pass.accumulator`.
+_Combine = Callable[[Sequence[np.ndarray], Sequence[np.ndarray], np.ndarray | None, int, _Scratch], None]
 
 
 class HostReducer:
@@ -145,7 +146,12 @@ class _Compiled:
     addresses: Addresses
 
     def combine(
-        self, sources: Sequence[np.ndarray], destinations: Sequence[np.ndarray], divisor: int, scratch: _Scratch
+        self,
+        sources: Sequence[np.ndarray],
+        destinations: Sequence[np.ndarray],
+        accumulator: np.ndarray | None,
+        divisor: int,
+        scratch: _Scratch,
     ) -> None:
         addresses = np.array([self.addresses.of(array) for array in (*sources, *destinations)], np.uintp)
         self.loop(addresses, len(sources), sources[0].nbytes, divisor)
@@ -175,16 +181,17 @@ def _run(passes: Sequence[Pass], combine: _Combine, buffers: Sequence[np.ndarray
     if len(passes) > 1 and any(TEMPORARY in step.destinations for step in passes):
         temporary = np.empty(min(block, length), buffers[0].dtype)
     buffers = [*buffers, temporary]
+    steps = [(step, step.accumulator, divisor if step.last else 1) for step in passes]
     for start in range(0, length, block):
         stop = start + block
         pieces: Any = buffers if block >= length else [array if array is None else array[start:stop] for array in buffers]
         if temporary is not None:
             pieces[TEMPORARY] = temporary[: pieces[0].size]
-        for step in passes:
+        for step, accumulator, by in steps:
             read = [pieces[index] for index in step.sources]
             written = [pieces[index] for index in step.destinations]
-            if len(read) > 1 or (step.last and divisor > 1):
-                combine(read, written, divisor if step.last else 1, scratch)
+            if len(read) > 1 or by > 1:
+                combine(read, written, None if accumulator is None else pieces[accumulator], by, scratch)
             else:
                 _copy(read[0], written)
 
@@ -196,14 +203,16 @@ def _copy(source: np.ndarray, destinations: Sequence[np.ndarray]) -> None:
 
 
 def _combine_own(
-    ufunc: Any, sources: Sequence[np.ndarray], destinations: Sequence[np.ndarray], divisor: int, scratch: _Scratch
+    ufunc: Any,
+    sources: Sequence[np.ndarray],
+    destinations: Sequence[np.ndarray],
+    accumulator: np.ndarray | None,
+    divisor: int,
+    scratch: _Scratch,
 ) -> None:
     """Types that accumulate in themselves."""
     dtype = sources[0].dtype
-    # Where intermediate results go must be no source that is still to be read.
-    target = next((d for d in destinations if not any(d is source for source in sources[2:])), None)
-    if target is None:
-        target = scratch.take(sources[0].shape, dtype)
+    target = scratch.take(sources[0].shape, dtype) if accumulator is None else accumulator
     accumulated = sources[0]
     for source in sources[1:]:
         ufunc(accumulated, source, out=target)
@@ -234,7 +243,12 @@ def _divide_integers(dividend: np.ndarray, divisor: int, out: np.ndarray) -> Non
 
 
 def _combine_half(
-    ufunc: Any, sources: Sequence[np.ndarray], destinations: Sequence[np.ndarray], divisor: int, scratch: _Scratch
+    ufunc: Any,
+    sources: Sequence[np.ndarray],
+    destinations: Sequence[np.ndarray],
+    accumulator: np.ndarray | None,
+    divisor: int,
+    scratch: _Scratch,
 ) -> None:
     """float16 and bfloat16: accumulate in float32 and round once."""
     accumulated, incoming, spare = scratch.take((3, sources[0].size), np.dtype(np.float32))

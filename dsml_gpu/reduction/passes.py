@@ -33,6 +33,11 @@ class Pass:
     last: bool = False
 
     @property
+    def accumulator(self) -> int | None:
+        """A destination that can hold what is accumulated of the first sources: it is none that is read after the second."""
+        return next((index for index in self.destinations if index not in self.sources[2:]), None)
+
+    @property
     def copies(self) -> bool:
         """Whether it brings the complete result to further destinations."""
         return len(self.sources) == 1 and not self.last
