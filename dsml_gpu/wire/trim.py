@@ -12,6 +12,8 @@ from collections.abc import Callable
 
 #: So many bytes of messages may pass before memory is given back.
 _TRIM_AFTER_BYTES = 64 << 20
+#: In the middle of a call, which may be a stream of any length, so many.
+_TRIM_WITHIN_BYTES = 256 << 20
 #: The last pieces are freed a little after a call has ended, and a burst of calls needs one trim, not one each.
 _DELAY_S = 0.2
 
@@ -31,17 +33,27 @@ class MessageMemory:
 
     def __init__(self) -> None:
         self._passed = 0
+        self._since_trim = 0
         self._timer: asyncio.TimerHandle | None = None
 
     def count(self, nbytes: int) -> None:
         """A message of so many bytes came or went."""
         self._passed += nbytes
+        self._since_trim += nbytes
+        if self._since_trim >= _TRIM_WITHIN_BYTES:
+            self._trim_soon()
 
     def call_ended(self) -> None:
         """A call is over; what its messages took can go."""
-        if self._passed < _TRIM_AFTER_BYTES or _malloc_trim is None:
+        # Also where a trim in its middle has come just before: the last messages were under way then.
+        if self._passed >= _TRIM_AFTER_BYTES:
+            self._passed = 0
+            self._trim_soon()
+
+    def _trim_soon(self) -> None:
+        self._since_trim = 0
+        if _malloc_trim is None:
             return
-        self._passed = 0
         if self._timer is not None:
             self._timer.cancel()
         loop = asyncio.get_running_loop()
