@@ -40,7 +40,8 @@ class MessageMemory:
         """A message of so many bytes came or went."""
         self._passed += nbytes
         self._since_trim += nbytes
-        if self._since_trim >= _TRIM_WITHIN_BYTES:
+        # One that is due already is not put off: messages may come faster than it.
+        if self._since_trim >= _TRIM_WITHIN_BYTES and self._timer is None:
             self._trim_soon()
 
     def call_ended(self) -> None:
@@ -57,5 +58,9 @@ class MessageMemory:
         if self._timer is not None:
             self._timer.cancel()
         loop = asyncio.get_running_loop()
+        self._timer = loop.call_later(_DELAY_S, self._trim, loop, _malloc_trim)
+
+    def _trim(self, loop: asyncio.AbstractEventLoop, malloc_trim: Callable[[int], int]) -> None:
+        self._timer = None
         # In a thread: it takes some 0.1 s after 1 GiB.
-        self._timer = loop.call_later(_DELAY_S, loop.run_in_executor, None, _malloc_trim, 0)
+        loop.run_in_executor(None, malloc_trim, 0)
