@@ -10,13 +10,12 @@ from pytest_benchmark.fixture import BenchmarkFixture
 
 from dsml_gpu import Communicator
 from dsml_gpu.cli.measure import count_wrong, expected, inputs
-from dsml_gpu.client.communicator import ALGORITHMS
 
 FLOAT64 = np.dtype(np.float64)
 
 
 # The algorithm varies fastest, so that ring and naive are measured right after each other.
-@pytest.mark.parametrize("algorithm", ALGORITHMS)
+@pytest.mark.parametrize("algorithm", ["ring", "naive"])
 @pytest.mark.parametrize("elements", [1_000, 10_000, 50_000, 100_000, 200_000, 450_000])
 @pytest.mark.parametrize("deployment", ["embedded", "processes"])
 def test_all_reduce(benchmark: BenchmarkFixture, comm: Communicator, elements: int, algorithm: str) -> None:

@@ -30,7 +30,8 @@ import numpy as np
 from dsml_gpu.cli.fleet import Fleet
 from dsml_gpu.cli.measure import count_wrong, expected, inputs, time_interleaved
 from dsml_gpu.client import connect
-from dsml_gpu.schedules import Transfer, chunk_bounds, ring_all_reduce
+from dsml_gpu.schedules import Transfer, chunk_bounds
+from dsml_gpu.schedules.ring import ring_all_reduce
 from dsml_gpu.wire import gpu_sim_pb2 as pb
 from dsml_gpu.wire.codec import Chunk
 from dsml_gpu.wire.stubs import COPY_SLICE_BYTES, channel_options, device_stub
@@ -98,10 +99,11 @@ class ChunkDriver:
     def _request(self, rank: int, peer: int, chunk: int, kind: Any, **stream: int) -> pb.ExecuteRequest:
         """One rank's part in one transfer."""
         step = pb.Step(moves=[pb.Move(kind=kind, peer=peer, chunk=chunk)])
+        buffer = pb.Block(count=self._nbytes, sendAddr=self._addrs[rank], recvAddr=self._addrs[rank])
         return pb.ExecuteRequest(
             commId=self._comm_id,
-            programs=[pb.Program(nchunks=self._schedule.nchunks, steps=[step])],
-            operations=[pb.Operation(memAddr=self._addrs[rank], count=self._nbytes, dtype=pb.FLOAT64, op=pb.SUM)],
+            programs=[pb.Program(parts=self._schedule.parts, nblocks=1, steps=[step])],
+            operations=[pb.Operation(blocks=[buffer], dtype=pb.FLOAT64, op=pb.SUM)],
             links=[pb.Link(peer=peer, **stream)],
         )
 

@@ -51,6 +51,16 @@ class RankMismatch(InvalidArgument):
     refusal = "RANK_MISMATCH"
 
 
+class ScheduleNotProved(InvalidArgument):
+    """A schedule of the caller's own that is not proved; `schedules.InvalidSchedule` is the same where it is built."""
+
+    refusal = "INVALID_SCHEDULE"
+
+
+class BufferOverlap(InvalidArgument):
+    refusal = "BUFFER_OVERLAP"
+
+
 class NotFound(DsmlError, LookupError):
     """An id that names nothing (any more)."""
 

@@ -1,4 +1,4 @@
-// Reduction operators: one functor each, named as in enum ReduceOp.
+// Reduction operators: one functor each, named as in enum ReduceOp; and what a rank's weight does to its data.
 //
 // `combine` joins two accumulators; `finish` makes the result of the complete accumulator.
 #pragma once
@@ -75,10 +75,16 @@ __device__ __forceinline__ float maximum(float a, float b) {
 
 // ---- operators ----
 
+// What a complete accumulator is scaled by.
+struct Scaling {
+    unsigned int divisor;       // of an average
+    unsigned long long weight;  // bits of an accumulator, from the lowest on
+};
+
 // An operator whose complete accumulator is the result.
 struct Plain {
     template <class T>
-    static __device__ __forceinline__ T finish(typename Element<T>::Accumulator value, unsigned int) {
+    static __device__ __forceinline__ T finish(typename Element<T>::Accumulator value, const Scaling&) {
         return Element<T>::narrowed(value);
     }
 };
@@ -111,8 +117,26 @@ struct Max : Plain {
 struct Avg : Sum {
     static constexpr bool kScales = true;
     template <class T>
-    static __device__ __forceinline__ T finish(typename Element<T>::Accumulator value, unsigned int divisor) {
+    static __device__ __forceinline__ T finish(typename Element<T>::Accumulator value, const Scaling& scaling) {
         using Accumulator = typename Element<T>::Accumulator;
-        return Element<T>::narrowed(quotient(Element<T>::wrapped(value), static_cast<Accumulator>(divisor)));
+        return Element<T>::narrowed(quotient(Element<T>::wrapped(value), static_cast<Accumulator>(scaling.divisor)));
+    }
+};
+
+template <class A>
+__device__ __forceinline__ A weight_of(const Scaling& scaling) { return static_cast<A>(scaling.weight); }
+template <>
+__device__ __forceinline__ double weight_of<double>(const Scaling& scaling) { return bit_cast<double>(scaling.weight); }
+template <>
+__device__ __forceinline__ float weight_of<float>(const Scaling& scaling) {
+    return bit_cast<float>(static_cast<unsigned int>(scaling.weight));
+}
+
+// Of one source: multiplies it by a weight, in the accumulator. Integers wrap.
+struct Weigh : Sum {
+    static constexpr bool kScales = true;
+    template <class T>
+    static __device__ __forceinline__ T finish(typename Element<T>::Accumulator value, const Scaling& scaling) {
+        return Element<T>::narrowed(product(value, weight_of<typename Element<T>::Accumulator>(scaling)));
     }
 };

@@ -22,6 +22,7 @@ struct ReduceArguments {
     unsigned int destination_count;
     unsigned int divisor;    // of an average
     unsigned int unaligned;  // an operand does not start at a multiple of the element's size
+    unsigned long long weight;  // of `Weigh`; see `Scaling`
 };
 
 // 16 bytes of elements.
@@ -55,24 +56,24 @@ __device__ __forceinline__ void store(void* operand, long long index, bool unali
 
 // The elements of one place in all sources, made into one.
 template <class T, class Op, unsigned int kMaxSources>
-__device__ __forceinline__ T combined(const T (&sources)[kMaxSources], unsigned int count, unsigned int divisor) {
+__device__ __forceinline__ T combined(const T (&sources)[kMaxSources], unsigned int count, const Scaling& scaling) {
     typename Element<T>::Accumulator value = Element<T>::widened(sources[0]);
 #pragma unroll
     for (unsigned int k = 1; k < kMaxSources; ++k) {
         if (k < count) value = Op::combine(value, Element<T>::widened(sources[k]));
     }
-    return Op::template finish<T>(value, divisor);
+    return Op::template finish<T>(value, scaling);
 }
 
 template <class T, class Op, unsigned int kMaxSources>
-__device__ __forceinline__ Pack<T> combined(const Pack<T> (&sources)[kMaxSources], unsigned int count, unsigned int divisor) {
+__device__ __forceinline__ Pack<T> combined(const Pack<T> (&sources)[kMaxSources], unsigned int count, const Scaling& scaling) {
     Pack<T> result;
 #pragma unroll
     for (unsigned int i = 0; i < kPackBytes / sizeof(T); ++i) {
         T elements[kMaxSources];
 #pragma unroll
         for (unsigned int k = 0; k < kMaxSources; ++k) elements[k] = sources[k].elements[i];
-        result.elements[i] = combined<T, Op, kMaxSources>(elements, count, divisor);
+        result.elements[i] = combined<T, Op, kMaxSources>(elements, count, scaling);
     }
     return result;
 }
@@ -90,7 +91,7 @@ __global__ void __launch_bounds__(kThreads) reduce(const ReduceArguments argumen
     const long long thread = static_cast<long long>(blockIdx.x) * blockDim.x + threadIdx.x;
     const unsigned int source_count = arguments.source_count;
     const unsigned int destination_count = arguments.destination_count;
-    const unsigned int divisor = arguments.divisor;
+    const Scaling scaling = {arguments.divisor, arguments.weight};
     const long long count = arguments.count;
     const long long head = arguments.head;
     const long long packs = (count - head) / kPerPack;
@@ -112,7 +113,7 @@ __global__ void __launch_bounds__(kThreads) reduce(const ReduceArguments argumen
         for (unsigned int u = 0; u < kUnrolled; ++u) {
             const long long pack = first + u * threads;
             if (pack >= packs) break;
-            const Pack<T> result = copies ? sources[u][0] : combined<T, Op, kMaxSources>(sources[u], source_count, divisor);
+            const Pack<T> result = copies ? sources[u][0] : combined<T, Op, kMaxSources>(sources[u], source_count, scaling);
 #pragma unroll
             for (unsigned int j = 0; j < kMaxOperands; ++j) {
                 if (j >= destination_count) break;
@@ -132,7 +133,7 @@ __global__ void __launch_bounds__(kThreads) reduce(const ReduceArguments argumen
         for (unsigned int k = 0; k < kMaxSources; ++k) {
             if (k < source_count) sources[k] = load<T>(arguments.sources[k], index, unaligned);
         }
-        const T result = copies ? sources[0] : combined<T, Op, kMaxSources>(sources, source_count, divisor);
+        const T result = copies ? sources[0] : combined<T, Op, kMaxSources>(sources, source_count, scaling);
 #pragma unroll
         for (unsigned int j = 0; j < kMaxOperands; ++j) {
             if (j < destination_count) store<T>(arguments.destinations[j], index, unaligned, result);

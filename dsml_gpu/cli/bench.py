@@ -20,9 +20,10 @@ from dsml_gpu.cli.measure import algbw_gb_s, busbw_gb_s, count_wrong, expected, 
 from dsml_gpu.cli.serve import fail
 from dsml_gpu.cli.units import parse_size
 from dsml_gpu.client import Client, CollectiveResult, Communicator, connect, local
-from dsml_gpu.client.communicator import ALGORITHMS, OPS, TRANSPORTS
+from dsml_gpu.client.collectives import OPS, TRANSPORTS
 from dsml_gpu.errors import DsmlError, InvalidValue
 from dsml_gpu.reduction import DTYPES
+from dsml_gpu.schedules import UnknownAlgorithm, find_algorithm
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +44,7 @@ class Setup:
     """
 
     sizes: tuple[int, ...]
-    algorithms: tuple[str, ...] = ALGORITHMS
+    algorithms: tuple[str, ...] = ("ring", "naive")
     dtype: str = "float64"
     op: str = "sum"
     transport: str = "auto"
@@ -55,7 +56,8 @@ class Setup:
 
     def __post_init__(self) -> None:
         for algorithm in self.algorithms:
-            _require_known("algorithm", algorithm, ALGORITHMS)
+            if algorithm != "auto":
+                _require_algorithm(algorithm)
         _require_known("data type", self.dtype, [name.lower() for name in DTYPES])
         _require_known("op", self.op, OPS)
         _require_known("transport", self.transport, TRANSPORTS)
@@ -81,6 +83,13 @@ def parse_setup(*, sizes: str, algorithms: str, dtype: str, op: str, transport: 
         transport=transport.lower(),
         **others,
     )
+
+
+def _require_algorithm(name: str) -> None:
+    try:
+        find_algorithm("all_reduce", name)
+    except UnknownAlgorithm as error:
+        raise InvalidValue(str(error)) from None
 
 
 def _require_known(what: str, name: str, known: Any) -> None:

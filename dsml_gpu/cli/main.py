@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from dsml_gpu.cli.units import parse_size
+from dsml_gpu.cli.units import parse_bandwidth, parse_duration, parse_size
 
 app = typer.Typer(
     name="dsml-gpu",
@@ -44,6 +44,34 @@ StallTimeout = Annotated[
 ]
 SliceBytes = Annotated[
     int, typer.Option("--slice", parser=parse_size, metavar="SIZE", help="Size of the messages that chunks are cut into.")
+]
+LinkLatency = Annotated[
+    float,
+    typer.Option(
+        parser=parse_duration,
+        metavar="DURATION",
+        help="Emulate a slow network: what a device sends to another one travels so long, for example 100us. This is of the "
+        "grpc transport, which devices of one process use only where the coordinator has --transport grpc. Copies to and "
+        "from the host are not slowed down.",
+    ),
+]
+LinkBandwidth = Annotated[
+    float | None,
+    typer.Option(
+        parser=parse_bandwidth,
+        metavar="RATE",
+        help="Emulate a slow network: each device sends to others at most at this rate, and receives at most at this rate, "
+        "for example 1Gbit/s or 125MB/s; of the same transport as --link-latency. A few Mbit/s may need a longer "
+        "--stall-timeout.",
+    ),
+]
+HostName = Annotated[
+    str | None,
+    typer.Option(
+        metavar="NAME",
+        help="Say that the devices are on this host, so that servers on one machine pass for several hosts. "
+        "Default: the name of the machine.",
+    ),
 ]
 MetricsPort = Annotated[int | None, typer.Option(metavar="PORT", help="Serve Prometheus metrics on this port.")]
 Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Log more.")]
@@ -94,6 +122,9 @@ def device(
     max_message: MaxMessage = "1GiB",  # type: ignore[assignment]
     slice_bytes: SliceBytes = "512KiB",  # type: ignore[assignment]
     stall_timeout: StallTimeout = 30.0,
+    link_latency: LinkLatency = "0s",  # type: ignore[assignment]
+    link_bandwidth: LinkBandwidth = None,
+    host_name: HostName = None,
     metrics_port: MetricsPort = None,
     until_stdin_closes: UntilStdinCloses = False,
     verbose: Verbose = False,
@@ -113,7 +144,7 @@ def device(
         min_addr=min_addr,
         backends=backends,
         max_message_bytes=max_message + serve.MESSAGE_OVERHEAD_BYTES,
-        transfers=serve.transfer_settings_or_exit(slice_bytes, stall_timeout),
+        transfers=serve.transfer_settings_or_exit(slice_bytes, stall_timeout, link_latency, link_bandwidth, host_name),
     )
     serve.run(
         lambda: DeviceServer(config),
@@ -138,6 +169,17 @@ def coordinator(
     slice_bytes: SliceBytes = "512KiB",  # type: ignore[assignment]
     stall_timeout: StallTimeout = 30.0,
     operation_timeout: OperationTimeout = 600.0,
+    link_latency: LinkLatency = "0s",  # type: ignore[assignment]
+    link_bandwidth: LinkBandwidth = None,
+    host_name: HostName = None,
+    cost_model: Annotated[
+        Path | None,
+        typer.Option(
+            dir_okay=False,
+            help="File with the cost model by which algorithms are chosen; it is read where there is one, and written when "
+            "`dsml-gpu tune` brings another.",
+        ),
+    ] = None,
     metrics_port: MetricsPort = None,
     until_stdin_closes: UntilStdinCloses = False,
     verbose: Verbose = False,
@@ -159,9 +201,14 @@ def coordinator(
         backends=backends,
         max_message_bytes=max_message + serve.MESSAGE_OVERHEAD_BYTES,
         settings=CoordinatorSettings(
-            serve.transport_or_exit(transport), stall_timeout, operation_timeout, max_message + serve.MESSAGE_OVERHEAD_BYTES
+            serve.transport_or_exit(transport),
+            stall_timeout,
+            operation_timeout,
+            max_message + serve.MESSAGE_OVERHEAD_BYTES,
+            serve.cost_model_or_exit(cost_model),
+            cost_model,
         ),
-        transfers=serve.transfer_settings_or_exit(slice_bytes, stall_timeout),
+        transfers=serve.transfer_settings_or_exit(slice_bytes, stall_timeout, link_latency, link_bandwidth, host_name),
     )
     ready = serve.summary if context.info_name == "serve" else serve.line
     serve.run(
@@ -180,7 +227,9 @@ app.command("serve", help="The same as coordinator, with a summary of what it se
 def demo(
     epochs: Annotated[int, typer.Option(min=1, help="Passes over the training digits.")] = 10,
     workers: Annotated[int, typer.Option(min=1, help="Workers, each with a device server of its own.")] = 4,
-    algorithm: Annotated[str, typer.Option(metavar="ring|naive", help="Algorithm of the all-reduce.")] = "ring",
+    algorithm: Annotated[
+        str, typer.Option(metavar="NAME", help="Algorithm of the all-reduce: ring, direct, auto ...")
+    ] = "ring",
 ) -> None:
     """Train on handwritten digits, data-parallel over device servers on this machine."""
     from dsml_gpu.cli.demo import Setup, run
@@ -232,6 +281,162 @@ def bench(
         warmup=warmup,
     )
     run(setup, json_file, plot_file)
+
+
+@app.command()
+def simulate(
+    algorithms: Annotated[
+        str,
+        typer.Option(
+            "--algorithm",
+            metavar="NAME,...",
+            help="What to compare; tree: the double binary tree where there is one, else the binomial. Default: all.",
+        ),
+    ] = "",
+    ranks: Annotated[
+        str, typer.Option(metavar="N,...", help="Numbers of ranks; A..B for the powers of two from A to B.")
+    ] = "2..64",
+    sizes: Annotated[
+        str,
+        typer.Option("--size", metavar="SIZE,...", help="Sizes of a rank's buffer, the larger one of two; or A..B."),
+    ] = "1KiB..1GiB",
+    topology: Annotated[
+        Path | None,
+        typer.Option(
+            exists=True,
+            dir_okay=False,
+            help="TOML file with hosts and links (see benchmarks/topologies). Default: a GPU to a host, 100 Gbit/s, 5 us.",
+        ),
+    ] = None,
+    collective: Annotated[str, typer.Option(metavar="NAME", help="all_reduce, all_gather, broadcast ...")] = "all_reduce",
+    cost_model: Annotated[
+        str,
+        typer.Option(
+            metavar="links|default|FILE",
+            help="What processors cost. links: nothing, only links take time; default: as measured over gRPC on an ordinary "
+            "machine; or a file of `dsml-gpu tune`.",
+        ),
+    ] = "links",
+    slice_bytes: SliceBytes = "512KiB",  # type: ignore[assignment]
+    max_messages: Annotated[
+        int,
+        typer.Option(
+            min=0,
+            metavar="N",
+            help="Most messages that are simulated one by one; what has more is worked out from an algorithm's rounds.",
+        ),
+    ] = 2000,
+    json_file: Annotated[
+        Path | None,
+        typer.Option("--json", dir_okay=False, help="Also write the predictions to this file."),
+    ] = None,
+    plot_file: Annotated[
+        Path | None,
+        typer.Option("--plot", dir_okay=False, help="Also draw them to this PNG file; needs matplotlib."),
+    ] = None,
+) -> None:
+    """Predict which algorithm is fastest on a cluster, up to sizes that no machine here has."""
+    from dsml_gpu.cli import serve
+    from dsml_gpu.cli.simulate import parse_setup, run
+
+    setup = serve.config_or_exit(
+        parse_setup,
+        collective=collective,
+        algorithms=algorithms,
+        ranks=ranks,
+        sizes=sizes,
+        topology=topology,
+        cost_model=cost_model,
+        slice_bytes=slice_bytes,
+        max_messages=max_messages,
+    )
+    run(setup, json_file, plot_file)
+
+
+@app.command()
+def tune(
+    target: Annotated[
+        str, typer.Option(metavar="HOST:PORT", help="The coordinator whose fleet is measured.")
+    ] = "127.0.0.1:50052",
+    ranks: Annotated[
+        int, typer.Option(min=0, help="Measure communicators of at most so many ranks; 0: of all devices.")
+    ] = 0,
+    max_size: Annotated[
+        int, typer.Option(parser=parse_size, metavar="SIZE", help="Largest buffer of each rank that is measured.")
+    ] = "16MiB",  # type: ignore[assignment]
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", dir_okay=False, help="Also write the cost model to this file.")
+    ] = None,
+    keep: Annotated[bool, typer.Option(help="Make the coordinator choose by the result.")] = True,
+) -> None:
+    """Measure a running fleet, so that algorithm "auto" chooses by what it can do."""
+    from dsml_gpu.cli.tune import Setup, run
+
+    run(Setup(target, ranks, max_size), output, keep)
+
+
+@app.command()
+def explain(
+    size: Annotated[
+        int, typer.Option(parser=parse_size, metavar="SIZE", help="Bytes of a rank's largest buffer, for example 4MiB.")
+    ] = "4MiB",  # type: ignore[assignment]
+    ranks: Annotated[int, typer.Option(min=1, max=64, help="Number of ranks.")] = 4,
+    collective: Annotated[str, typer.Option(metavar="NAME", help="all_reduce, broadcast, all_to_all ...")] = "all_reduce",
+    root: Annotated[int, typer.Option(min=0, help="Of a collective that has one.")] = 0,
+    target: Annotated[
+        str | None,
+        typer.Option(
+            metavar="HOST:PORT",
+            help="Explain what this coordinator would choose for its first devices. Default: processes of this machine.",
+        ),
+    ] = None,
+    cost_model: Annotated[
+        Path | None,
+        typer.Option(
+            exists=True, dir_okay=False, help="Predict by this file of `dsml-gpu tune`. Default: the coordinator's."
+        ),
+    ] = None,
+) -> None:
+    """Print the algorithms of a collective with their predicted times, the fastest first."""
+    from dsml_gpu.cli import serve
+    from dsml_gpu.cli.explain import Setup, run
+
+    run(serve.config_or_exit(Setup, collective=collective, nbytes=size, nranks=ranks, root=root), target, cost_model)
+
+
+@app.command()
+def draw(
+    algorithm: Annotated[str, typer.Argument(help="Name of the algorithm, for example ring.")],
+    output: Annotated[
+        Path,
+        typer.Option(
+            "--output", "-o", dir_okay=False, help="File to write: NAME.svg, NAME.png (needs Pillow) or NAME.html."
+        ),
+    ],
+    ranks: Annotated[
+        int | None, typer.Option(metavar="N", help="Number of ranks. Default: as many as --hosts gives, else 4.")
+    ] = None,
+    collective: Annotated[
+        str,
+        typer.Option(metavar="NAME", help="all_reduce, broadcast, all_to_all ... In send_recv, ranks send to the right."),
+    ] = "all_reduce",
+    root: Annotated[int, typer.Option(min=0, help="Of a collective that has one.")] = 0,
+    hosts: Annotated[
+        str | None,
+        typer.Option(
+            metavar="HxM|HOST,...", help="H hosts with M ranks each, for example 2x4; or the host of each rank: 0,0,1,1."
+        ),
+    ] = None,
+) -> None:
+    """Draw who sends what to whom in each step, and what every rank then holds."""
+    from dsml_gpu.cli import serve
+    from dsml_gpu.cli.draw import parse_setup, run
+
+    run(
+        serve.config_or_exit(
+            parse_setup, output=output, algorithm=algorithm, collective=collective, ranks=ranks, root=root, hosts=hosts
+        )
+    )
 
 
 kernels_app = typer.Typer(help="The CUDA kernels that reduce.", no_args_is_help=True)

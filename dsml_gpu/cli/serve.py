@@ -15,13 +15,15 @@ from typing import Any, NoReturn, Protocol, TypeVar
 
 import typer
 
-from dsml_gpu.cli.units import format_size
+from dsml_gpu.cli.units import format_bandwidth, format_duration, format_size
 from dsml_gpu.coordinator.server import CoordinatorServer
 from dsml_gpu.device.server import DeviceServer
 from dsml_gpu.device.service import TransferSettings
 from dsml_gpu.errors import DsmlError
 from dsml_gpu.memory.arena import MIN_ARENA_BYTES
 from dsml_gpu.memory.backend import Backend, BackendUnavailable, select_backends
+from dsml_gpu.schedules.cost_model import DEFAULT_COST_MODEL, CostModel
+from dsml_gpu.transport.emulation import LinkSettings
 from dsml_gpu.wire import gpu_sim_pb2 as pb
 from dsml_gpu.wire.server import PortInUse, RpcServer
 
@@ -99,13 +101,15 @@ def device_line(server: DeviceServer, why: str) -> str:
     ids = ", ".join(str(device.device_id) for device in server.devices)
     return (
         f"dsml-gpu device{'s' if several else ''} {ids} listening on {server.address} "
-        f"({format_size(server.config.memory_bytes)} of device memory{' each' if several else ''}; {why})"
+        f"({format_size(server.config.memory_bytes)} of device memory{' each' if several else ''}; {why}"
+        f"{_link(server.config.transfers)})"
     )
 
 
 def line(server: CoordinatorServer, why: str) -> str:
     """What `coordinator` says when it is ready."""
-    return f"dsml-gpu coordinator listening on {server.address} ({_devices(server)}; {why})"
+    link = _link(server.config.transfers) if server.config.embedded_limit else ""
+    return f"dsml-gpu coordinator listening on {server.address} ({_devices(server)}; {why}{link})"
 
 
 def summary(server: CoordinatorServer, why: str) -> str:
@@ -131,6 +135,14 @@ def summary(server: CoordinatorServer, why: str) -> str:
         for handle in server.registry.handles
     ]
     return "\n".join(lines)
+
+
+def _link(transfers: TransferSettings) -> str:
+    link = transfers.link
+    if not link.emulated:
+        return ""
+    bandwidth = format_bandwidth(link.bytes_per_s) if link.bytes_per_s else "unlimited bandwidth"
+    return f"; emulated link of {bandwidth} and {format_duration(link.latency_s)}"
 
 
 def _place(device: pb.DeviceMetadata) -> str:
@@ -175,9 +187,28 @@ def transport_or_exit(name: str) -> int:
     return TRANSPORTS[name.upper()]
 
 
-def transfer_settings_or_exit(slice_bytes: int, stall_timeout_s: float) -> TransferSettings:
+def transfer_settings_or_exit(
+    slice_bytes: int, stall_timeout_s: float, link_latency_s: float, link_bytes_per_s: float | None, host_name: str | None
+) -> TransferSettings:
     """See `TransferSettings`."""
-    return config_or_exit(TransferSettings, slice_bytes=slice_bytes, stall_timeout_s=stall_timeout_s)
+    link = config_or_exit(LinkSettings, latency_s=link_latency_s, bytes_per_s=link_bytes_per_s or 0.0)
+    return config_or_exit(
+        TransferSettings,
+        slice_bytes=slice_bytes,
+        stall_timeout_s=stall_timeout_s,
+        link=link,
+        host_name=host_name or "",
+    )
+
+
+def cost_model_or_exit(path: Path | None) -> CostModel:
+    """The cost model of a file; the default where there is none yet."""
+    if path is None or not path.exists():
+        return DEFAULT_COST_MODEL
+    try:
+        return CostModel.from_json(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        fail(f"{path}: {error}")
 
 
 def config_or_exit(make: Callable[..., C], **values: Any) -> C:

@@ -26,6 +26,7 @@ class Device:
         backend: ``"numpy"`` or ``"cupy"``.
         name: what its memory is, for people.
         min_addr, max_addr: its address range; `max_addr` is one past the last byte.
+        metadata: all that its server says of it.
     """
 
     def __init__(
@@ -38,6 +39,7 @@ class Device:
         self._connection = connection
         self._comm_id = comm_id
         self._has_ended = has_ended  # the communicator that this device, and what is allocated on it, belongs to
+        self.metadata = metadata
         self.device_id: int = metadata.deviceId.value
         self.address: str = metadata.address
         self.backend: str = metadata.backend

@@ -8,6 +8,7 @@ from types import TracebackType
 from dsml_gpu.client.arrays import Device
 from dsml_gpu.client.communicator import Communicator, init_request
 from dsml_gpu.client.rpc import CoordinatorConnection
+from dsml_gpu.schedules.cost_model import CostModel
 from dsml_gpu.wire import gpu_sim_pb2 as pb
 
 
@@ -46,6 +47,18 @@ class Client:
         """All devices that the coordinator knows and that answer."""
         response = self._connection.call("ListDevices", pb.ListDevicesRequest())
         return [Device(self._connection, status.metadata) for status in response.devices if status.reachable]
+
+    def cost_model(self) -> CostModel:
+        """The cost model by which the coordinator chooses algorithms."""
+        return CostModel.from_json(self._connection.call("GetCostModel", pb.GetCostModelRequest()).json)
+
+    def set_cost_model(self, model: CostModel) -> None:
+        """Makes the coordinator choose by another cost model, and keep it where it was started with a file for it.
+
+        Raises:
+            InternalError: the file could not be written; the model is in use all the same.
+        """
+        self._connection.call("SetCostModel", pb.SetCostModelRequest(json=model.to_json()))
 
     def close(self) -> None:
         """Closes the connection, and the coordinator too where `local` made it. Idempotent."""

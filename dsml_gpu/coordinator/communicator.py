@@ -6,12 +6,15 @@ import asyncio
 import logging
 import time
 from collections.abc import Coroutine, Sequence
+from dataclasses import dataclass
 from typing import Any, cast
 
 from dsml_gpu.coordinator import plan
+from dsml_gpu.coordinator.call import CollectiveCall
+from dsml_gpu.coordinator.choice import Choice, Chooser
 from dsml_gpu.coordinator.device_handle import DeviceHandle
 from dsml_gpu.coordinator.order import Turn
-from dsml_gpu.coordinator.plan import Collective
+from dsml_gpu.coordinator.plan import Plan, PlanKey
 from dsml_gpu.errors import (
     CommNotFound,
     CommNotReady,
@@ -33,11 +36,33 @@ _EXPLANATION_S = 0.5
 _PLANNED_AT_ONCE_RANKS = 16
 
 
+@dataclass(frozen=True, slots=True)
+class _Planned:
+    """A call, and how it is run."""
+
+    call: CollectiveCall
+    choice: Choice
+    plan: Plan
+
+    @property
+    def name(self) -> str:
+        return self.call.name
+
+    @property
+    def algorithm(self) -> str:
+        return self.choice.algorithm
+
+    @property
+    def count(self) -> int:
+        return self.call.count
+
+
 class Communicator:
     """Devices with ranks 0..n-1, and the collectives on them.
 
     Args:
         handles: rank r is ``handles[r]``.
+        chooser: chooses algorithms.
         forced_transport: number of ``enum Transport``.
         stall_timeout_ms: a collective in which nothing moves for so long fails.
         operation_timeout_s: a group fails when it takes longer, moving or not.
@@ -47,16 +72,18 @@ class Communicator:
         self,
         comm_id: int,
         handles: Sequence[DeviceHandle],
+        chooser: Chooser,
         forced_transport: int,
         stall_timeout_ms: int,
         operation_timeout_s: float,
     ) -> None:
         self.comm_id = comm_id
         self.handles = tuple(handles)
+        self._chooser = chooser
         self._forced_transport = forced_transport
         self._stall_timeout_ms = stall_timeout_ms
         self._operation_timeout_s = operation_timeout_s
-        self._group: list[Collective] | None = None
+        self._group: list[CollectiveCall] | None = None
         self._finalized = False
         self._running: set[asyncio.Task[Any]] = set()
         self._last_status: pb.Status = pb.IN_PROGRESS
@@ -120,25 +147,36 @@ class Communicator:
         """Drops the open group. Raises GroupMisuse where none is open."""
         self._close_group()
 
-    def _close_group(self) -> list[Collective]:
+    def _close_group(self) -> list[CollectiveCall]:
         if self._group is None:
             raise GroupMisuse(f"communicator {self.comm_id} has no open group")
         group, self._group = self._group, None
         return group
 
-    async def submit(self, collective: Collective) -> pb.CollectiveResult | None:
-        """Checks a collective against the devices' memory, then queues it in the open group or runs it.
+    async def submit(self, call: CollectiveCall) -> pb.CollectiveResult | None:
+        """Checks a call against the devices' memory and its schedule, then queues it in the open group or runs it.
 
         Returns:
             What it did; None when queued.
+
+        Raises:
+            AddressOutOfRange: a buffer leaves its device's memory.
+            InvalidValue, ScheduleNotProved: see `plan.plan_of`.
         """
         self._require_open()
-        for handle, addr in zip(self.handles, collective.addrs, strict=True):
-            handle.check(addr, collective.count)
+        for handle, ranges in zip(self.handles, call.ranges, strict=True):
+            for addr, nbytes in ranges:
+                handle.check(addr, nbytes)
+        if call.own_schedule:
+            # Proved before it is queued, beside the event loop: nobody knows how large it is.
+            await asyncio.to_thread(plan.plan_of, self._key(call, ""))
+            self._require_open()
+        elif call.algorithm:
+            plan.require_known(call.name, call.algorithm)
         if self._group is not None:
-            self._group.append(collective)
+            self._group.append(call)
             return None
-        return await self._start([collective])
+        return await self._start([call])
 
     async def finalize(self) -> None:
         """Takes no more collectives, drops an open group, and waits for those that run. Idempotent."""
@@ -157,24 +195,24 @@ class Communicator:
         if self._finalized:
             raise CommNotReady(f"communicator {self.comm_id} was finalized and takes no more operations")
 
-    def _start(self, collectives: list[Collective]) -> asyncio.Task[pb.CollectiveResult]:
+    def _start(self, calls: list[CollectiveCall]) -> asyncio.Task[pb.CollectiveResult]:
         # The place in the order is taken here and now, not when the task gets to run.
         turn = Turn(self.handles, self._operation_timeout_s)
-        task = asyncio.ensure_future(self._run(collectives, turn))
+        task = asyncio.ensure_future(self._run(calls, turn))
         self._running.add(task)
         task.add_done_callback(self._running.discard)
         task.add_done_callback(lambda _: turn.end())
         return task
 
-    async def _run(self, collectives: list[Collective], turn: Turn) -> pb.CollectiveResult:
-        if not collectives:
+    async def _run(self, calls: list[CollectiveCall], turn: Turn) -> pb.CollectiveResult:
+        if not calls:
             return pb.CollectiveResult()
-        what = str(collectives[0]) if len(collectives) == 1 else f"a group of {len(collectives)} operations"
+        what = str(calls[0]) if len(calls) == 1 else f"a group of {len(calls)} operations"
         try:
             async with turn:
-                await self._plan(collectives)
+                planned = await self._plan(calls)
                 started_ns = time.perf_counter_ns()
-                bytes_sent = await self._control_round(collectives)
+                bytes_sent = await self._control_round(planned)
                 elapsed_ns = time.perf_counter_ns() - started_ns
         except asyncio.CancelledError:
             self._last_status, self._last_message = pb.FAILED, f"{what}: cancelled by the caller"
@@ -182,32 +220,57 @@ class Communicator:
         except DsmlError as error:
             named = type(error)(f"{what}: {error}")
             self._last_status, self._last_message = pb.FAILED, str(named)
-            metrics.count_operations(collectives, failed=True)
+            metrics.count_operations(calls, failed=True)
             raise named from error
         except Exception as error:
             self._last_status, self._last_message = pb.FAILED, f"{what}: defect of the server: {error!r}"
             log.exception("%s met a defect of the server", what)
             raise
         self._last_status, self._last_message = pb.SUCCESS, ""
-        metrics.count_operations(collectives, elapsed_s=elapsed_ns / 1e9)
-        algorithms = {collective.algorithm for collective in collectives}
+        metrics.count_operations(planned, elapsed_s=elapsed_ns / 1e9)
+        algorithms = {one.algorithm for one in planned}
         return pb.CollectiveResult(
             algorithm=algorithms.pop() if len(algorithms) == 1 else "",
-            transports=cast("list[pb.Transport]", self._transports(collectives)) if bytes_sent else (),
+            transports=cast("list[pb.Transport]", self._transports(planned)) if bytes_sent else (),
             elapsedNs=elapsed_ns,
             bytesSent=bytes_sent,
+            operations=[
+                pb.OperationChoice(
+                    kind=one.name.upper(),
+                    algorithm=one.algorithm,
+                    reason=one.choice.reason,
+                    predictedNs=round(one.choice.predicted_s * 1e9),
+                )
+                for one in planned
+            ],
         )
 
-    async def _plan(self, collectives: list[Collective]) -> None:
-        if self.nranks > _PLANNED_AT_ONCE_RANKS:
-            # In a thread: it can take seconds, once, and others are to be served meanwhile.
-            for algorithm in {collective.algorithm for collective in collectives}:
-                await asyncio.to_thread(plan.plan_of, algorithm, self.nranks)
+    async def _plan(self, calls: list[CollectiveCall]) -> list[_Planned]:
+        """Chooses the algorithm of each call, and plans it.
 
-    async def _control_round(self, collectives: list[Collective]) -> int:
+        In a thread where it can take more than a few milliseconds, once: others are to be served meanwhile.
+        """
+        devices = [handle.metadata for handle in self.handles]
+        planned = []
+        for call in calls:
+            choice = self._chooser.known_choice(call, devices, self._forced_transport)
+            if choice is None:
+                choice = await asyncio.to_thread(self._chooser.choose, call, devices, self._forced_transport)
+            key = self._key(call, choice.algorithm)
+            if self.nranks > _PLANNED_AT_ONCE_RANKS:
+                await asyncio.to_thread(plan.plan_of, key)
+            planned.append(_Planned(call, choice, plan.plan_of(key)))
+        return planned
+
+    def _key(self, call: CollectiveCall, algorithm: str) -> PlanKey:
+        hosts = plan.hosts_of([handle.metadata for handle in self.handles])
+        return plan.key_of(call, algorithm, hosts)
+
+    async def _control_round(self, planned: list[_Planned]) -> int:
         """One Execute on every rank, side by side; returns the payload bytes that all sent."""
         device_ids = [handle.device_id for handle in self.handles]
-        requests = plan.execute_requests(self.comm_id, device_ids, collectives, self._stall_timeout_ms)
+        operations = [(one.call, one.plan) for one in planned]
+        requests = plan.execute_requests(self.comm_id, device_ids, operations, self._stall_timeout_ms)
         tasks = [
             asyncio.ensure_future(self._execute(rank, handle, request))
             for rank, (handle, request) in enumerate(zip(self.handles, requests, strict=True))
@@ -239,9 +302,9 @@ class Communicator:
             raise type(error)(f"rank {rank} ({handle}): {error}") from error
         return int(response.bytesSent)
 
-    def _transports(self, collectives: list[Collective]) -> list[int]:
+    def _transports(self, planned: list[_Planned]) -> list[int]:
         devices = [handle.metadata for handle in self.handles]
-        pairs = {pair for collective in collectives for pair in plan.plan_of(collective.algorithm, self.nranks).pairs}
+        pairs = {pair for one in planned for pair in one.plan.pairs}
         used = {plan.choose_transport(devices[src], devices[dst], self._forced_transport) for src, dst in pairs}
         return sorted(used)
 

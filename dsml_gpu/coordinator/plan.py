@@ -5,36 +5,25 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import cast
 
-from dsml_gpu.errors import InvalidValue
-from dsml_gpu.schedules import ALL_REDUCE, Kind, programs_of
+from dsml_gpu.coordinator.call import CollectiveCall, Place, schedule_of_wire
+from dsml_gpu.errors import InvalidValue, ScheduleNotProved
+from dsml_gpu.schedules import (
+    InvalidSchedule,
+    Kind,
+    Program,
+    Roles,
+    Schedule,
+    UnknownAlgorithm,
+    find_algorithm,
+    programs_of,
+)
 from dsml_gpu.transport.link import new_stream_id
 from dsml_gpu.wire import gpu_sim_pb2 as pb
 
 #: Proving a schedule takes time and memory with the square of its ranks; on 256 it is seconds, once.
 MAX_RANKS = 256
-
-
-@dataclass(frozen=True, slots=True)
-class Collective:
-    """One collective, checked and ready to run.
-
-    Attributes:
-        name, algorithm: for example ``"all_reduce"`` and ``"ring"``.
-        addrs: each rank's buffer.
-        count: bytes of each.
-        dtype, op: numbers on the wire.
-    """
-
-    name: str
-    algorithm: str
-    addrs: tuple[int, ...]
-    count: int
-    dtype: int
-    op: int
-
-    def __str__(self) -> str:
-        return f"{self.name} ({self.algorithm}, {self.count} bytes, {len(self.addrs)} ranks)"
 
 
 def choose_transport(one: pb.DeviceMetadata, other: pb.DeviceMetadata, forced: int = pb.AUTO) -> int:
@@ -70,71 +59,153 @@ def peers_of(devices: Sequence[pb.DeviceMetadata], rank: int, forced: int = pb.A
 
 
 def execute_requests(
-    comm_id: int, device_ids: Sequence[int], collectives: Sequence[Collective], stall_timeout_ms: int = 0
+    comm_id: int, device_ids: Sequence[int], operations: Sequence[tuple[CollectiveCall, Plan]], stall_timeout_ms: int = 0
 ) -> list[pb.ExecuteRequest]:
-    """One request for each rank that together run the collectives, one after the other, over one stream per pair."""
-    algorithms = list(dict.fromkeys(collective.algorithm for collective in collectives))
-    plans = [plan_of(algorithm, len(device_ids)) for algorithm in algorithms]
-    pairs = dict.fromkeys(pair for plan in plans for pair in plan.pairs)
-    streams = {pair: new_stream_id() for pair in pairs}
-    requests = []
-    for rank, device_id in enumerate(device_ids):
-        sends = {dst: stream for (src, dst), stream in streams.items() if src == rank}
-        recvs = {src: stream for (src, dst), stream in streams.items() if dst == rank}
-        requests.append(
-            pb.ExecuteRequest(
-                commId=comm_id,
-                deviceId=device_id,
-                programs=[plan.programs[rank] for plan in plans],
-                operations=[
-                    pb.Operation(
-                        memAddr=collective.addrs[rank],
-                        count=collective.count,
-                        dtype=pb.DataType.Name(collective.dtype),
-                        op=pb.ReduceOp.Name(collective.op),
-                        program=algorithms.index(collective.algorithm),
-                    )
-                    for collective in collectives
-                ],
-                links=[
-                    pb.Link(peer=peer, sendStreamId=sends.get(peer, 0), recvStreamId=recvs.get(peer, 0))
-                    for peer in sorted({*sends, *recvs})
-                ],
-                stallTimeoutMs=stall_timeout_ms,
-            )
+    """One request for each rank that together run the operations, one after the other, over one stream per pair."""
+    plans = list(dict.fromkeys(plan for _, plan in operations))
+    number = {plan: index for index, plan in enumerate(plans)}
+    streams = {pair: new_stream_id() for pair in dict.fromkeys(pair for plan in plans for pair in plan.pairs)}
+    sends: list[dict[int, int]] = [{} for _ in device_ids]
+    recvs: list[dict[int, int]] = [{} for _ in device_ids]
+    for (src, dst), stream in streams.items():
+        sends[src][dst] = recvs[dst][src] = stream
+    return [
+        pb.ExecuteRequest(
+            commId=comm_id,
+            deviceId=device_id,
+            programs=[plan.programs[rank] for plan in plans],
+            operations=[_operation(call, plan, rank, number[plan]) for call, plan in operations],
+            links=[
+                pb.Link(peer=peer, sendStreamId=sends[rank].get(peer, 0), recvStreamId=recvs[rank].get(peer, 0))
+                for peer in sorted({*sends[rank], *recvs[rank]})
+            ],
+            stallTimeoutMs=stall_timeout_ms,
         )
-    return requests
+        for rank, device_id in enumerate(device_ids)
+    ]
+
+
+def _operation(call: CollectiveCall, plan: Plan, rank: int, program: int) -> pb.Operation:
+    places = call.places[rank]
+    nowhere = Place(None, None)
+    operation = pb.Operation(
+        dtype=cast("pb.DataType", call.dtype),
+        op=cast("pb.ReduceOp", call.op),
+        program=program,
+        weight=call.weights[rank] if call.weights else None,
+        copiesInput=rank in call.copies_input,
+    )
+    for block in plan.blocks[rank]:
+        place = places.get(block, nowhere)
+        operation.blocks.add(count=call.counts[block], sendAddr=place.send, recvAddr=place.recv)
+    return operation
 
 
 @dataclass(frozen=True, slots=True)
-class Plan:
-    """An algorithm for a number of ranks, as it is shipped.
+class PlanKey:
+    """Which schedule.
 
     Attributes:
+        collective, algorithm: by name.
+        roles: who takes part, and as what.
+        hosts: the host of each rank, as numbers from 0.
+        own_schedule: wire bytes of a client's own schedule; empty: the algorithm's.
+    """
+
+    collective: str
+    algorithm: str
+    roles: Roles
+    hosts: tuple[int, ...]
+    own_schedule: bytes = b""
+
+
+def key_of(call: CollectiveCall, algorithm: str, hosts: tuple[int, ...]) -> PlanKey:
+    """The key of a call's schedule, by an algorithm where the call does not bring its own.
+
+    Args:
+        hosts: the host of each rank.
+    """
+    if call.own_schedule:
+        return PlanKey(call.name, "", call.roles, (), call.own_schedule)
+    return PlanKey(call.name, algorithm, call.roles, hosts)
+
+
+def require_known(collective: str, algorithm: str) -> None:
+    """Raises InvalidValue where a collective has no algorithm of that name."""
+    try:
+        find_algorithm(collective, algorithm)
+    except UnknownAlgorithm as error:
+        raise InvalidValue(str(error)) from None
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Plan:
+    """A schedule as it is shipped.
+
+    Attributes:
+        schedule: the schedule.
         programs: of each rank.
+        blocks: by rank, the blocks of its program, in the order of `pb.Operation.blocks`.
         pairs: (src, dst) of ranks between which data moves.
     """
 
+    schedule: Schedule
     programs: tuple[pb.Program, ...]
+    blocks: tuple[tuple[int, ...], ...]
     pairs: tuple[tuple[int, int], ...]
 
 
-@lru_cache(maxsize=64)
-def plan_of(algorithm: str, nranks: int) -> Plan:
-    """The plan of an all-reduce. Takes seconds the first time on hundreds of ranks, then nothing."""
-    schedule = ALL_REDUCE[algorithm](nranks)
-    programs = tuple(
-        pb.Program(
-            nchunks=program.nchunks,
-            steps=[
-                pb.Step(moves=[pb.Move(kind=_WIRE_KIND[move.kind], peer=move.peer, chunk=move.chunk) for move in step])
-                for step in program.steps
-            ],
-        )
-        for program in programs_of(schedule)
+@lru_cache(maxsize=128)
+def plan_of(key: PlanKey) -> Plan:
+    """The plan of a schedule. Takes seconds the first time on hundreds of ranks, then nothing.
+
+    Raises:
+        InvalidValue: the collective has no such algorithm.
+        ScheduleNotProved: a client's own schedule, or that of a plug-in, is not proved.
+    """
+    schedule = schedule_of(key)
+    programs = programs_of(schedule)
+    return Plan(
+        schedule,
+        tuple(map(_wire_program, programs)),
+        tuple(program.blocks for program in programs),
+        tuple(dict.fromkeys((transfer.src, transfer.dst) for step in schedule.steps for transfer in step)),
     )
-    pairs = dict.fromkeys((transfer.src, transfer.dst) for step in schedule.steps for transfer in step)
-    return Plan(programs, tuple(pairs))
+
+
+def schedule_of(key: PlanKey) -> Schedule:
+    """The schedule of a key. Raises as `plan_of`."""
+    if key.own_schedule:
+        return schedule_of_wire(key.collective, key.roles, key.own_schedule)
+    try:
+        algorithm = find_algorithm(key.collective, key.algorithm)
+        return algorithm.schedule(key.roles.nranks, root=key.roles.root, pairs=key.roles.pairs, hosts=key.hosts)
+    except UnknownAlgorithm as error:
+        raise InvalidValue(str(error)) from None
+    except InvalidSchedule as error:
+        raise ScheduleNotProved(str(error)) from None
+
+
+def hosts_of(devices: Sequence[pb.DeviceMetadata]) -> tuple[int, ...]:
+    """The host of each device, as numbers from 0 in the order in which they first come.
+
+    A device server that does not name its host is alone on it unless another one has the same address but for the port.
+    """
+    names = [device.host or device.address.rpartition(":")[0] for device in devices]
+    numbers = {name: number for number, name in enumerate(dict.fromkeys(names))}
+    return tuple(numbers[name] for name in names)
+
+
+def _wire_program(program: Program) -> pb.Program:
+    return pb.Program(
+        parts=program.parts,
+        steps=[
+            pb.Step(moves=[pb.Move(kind=_WIRE_KIND[move.kind], peer=move.peer, chunk=move.chunk) for move in step])
+            for step in program.steps
+        ],
+        nblocks=len(program.blocks),
+        storeAndForward=program.store_and_forward,
+    )
 
 
 _WIRE_KIND = {kind: pb.Move.Kind.Name(kind.value) for kind in Kind}

@@ -7,15 +7,17 @@ import secrets
 from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import aclosing
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+from dsml_gpu.coordinator.call import all_reduce_call, call_of
+from dsml_gpu.coordinator.choice import Chooser
 from dsml_gpu.coordinator.communicator import Communicator
 from dsml_gpu.coordinator.device_handle import DeviceHandle, pieces
 from dsml_gpu.coordinator.order import Turn
-from dsml_gpu.coordinator.plan import Collective
 from dsml_gpu.coordinator.registry import DeviceRegistry
-from dsml_gpu.errors import CommNotFound, InvalidValue, MessageTooLarge, MissingField, RankMismatch, StreamLength
-from dsml_gpu.reduction import dtype_of, elements_in, operator_of
+from dsml_gpu.errors import CommNotFound, InternalError, InvalidValue, MessageTooLarge, MissingField, StreamLength
+from dsml_gpu.schedules.cost_model import DEFAULT_COST_MODEL, CostModel
 from dsml_gpu.wire import gpu_sim_pb2 as pb
 from dsml_gpu.wire.codec import Chunk
 from dsml_gpu.wire.messages import require
@@ -31,12 +33,16 @@ class CoordinatorSettings:
         stall_timeout_s: a collective in which nothing moves for so long fails.
         operation_timeout_s: a group that takes longer fails, moving or not.
         max_message_bytes: of an answer.
+        cost_model: by which algorithms are chosen.
+        cost_model_file: takes what `SetCostModel` brings; None: it is forgotten when the coordinator ends.
     """
 
     transport: int = pb.AUTO
     stall_timeout_s: float = 30.0
     operation_timeout_s: float = 600.0
     max_message_bytes: int = DEFAULT_MAX_MESSAGE_BYTES
+    cost_model: CostModel = DEFAULT_COST_MODEL
+    cost_model_file: Path | None = None
 
 
 class CoordinatorService:
@@ -46,6 +52,7 @@ class CoordinatorService:
         self._registry = registry
         self._settings = settings
         self._comms: dict[int, Communicator] = {}
+        self._chooser = Chooser(settings.cost_model)
         # Devices are chosen after a round of questions to their servers; nobody else may choose meanwhile.
         self._choosing = asyncio.Lock()
 
@@ -83,6 +90,7 @@ class CoordinatorService:
         comm = Communicator(
             comm_id,
             handles,
+            self._chooser,
             forced_transport=request.transport or self._settings.transport,
             stall_timeout_ms=round(self._settings.stall_timeout_s * 1000),
             operation_timeout_s=self._settings.operation_timeout_s,
@@ -157,17 +165,28 @@ class CoordinatorService:
 
     async def _all_reduce(self, algorithm: str, comm_id: int, request: Any, addrs: Any) -> pb.CollectiveResult | None:
         comm = self._comm(comm_id)
-        operator_of(request.op)
-        elements_in(request.count, dtype_of(request.dtype))
-        collective = Collective(
-            name="all_reduce",
-            algorithm=algorithm,
-            addrs=_by_rank(addrs, comm.nranks),
-            count=request.count,
-            dtype=request.dtype,
-            op=request.op,
-        )
-        return await comm.submit(collective)
+        return await comm.submit(all_reduce_call(algorithm, comm.nranks, request, addrs))
+
+    async def Collective(self, request: pb.CollectiveRequest, context: Any) -> pb.CollectiveResponse:
+        comm = self._comm(request.commId)
+        result = await comm.submit(call_of(request, comm.nranks))
+        return pb.CollectiveResponse(success=True, result=result)
+
+    async def GetCostModel(self, request: pb.GetCostModelRequest, context: Any) -> pb.GetCostModelResponse:
+        return pb.GetCostModelResponse(json=self._chooser.model.to_json())
+
+    async def SetCostModel(self, request: pb.SetCostModelRequest, context: Any) -> pb.SetCostModelResponse:
+        try:
+            model = CostModel.from_json(request.json)
+        except ValueError as error:
+            raise InvalidValue(str(error)) from None
+        self._chooser.use(model)
+        if self._settings.cost_model_file is not None:
+            try:
+                await asyncio.to_thread(write_whole, self._settings.cost_model_file, model.to_json())
+            except OSError as error:
+                raise InternalError(f"the cost model is in use, but was not kept: {error}") from error
+        return pb.SetCostModelResponse()
 
     # ---- memory -------------------------------------------------------------------------------------------------------
 
@@ -269,20 +288,16 @@ async def _checked(handle: DeviceHandle, addr: int, announced: int, chunks: Asyn
         raise StreamLength(f"{announced} bytes were announced, {total} came")
 
 
+def write_whole(path: Path, text: str) -> None:
+    """Replaces a file: whoever reads it finds the old text or the new one. Raises OSError."""
+    beside = path.with_name(f"{path.name}.{secrets.token_hex(4)}")
+    try:
+        beside.write_text(text, encoding="utf-8")
+        beside.replace(path)
+    finally:
+        beside.unlink(missing_ok=True)
+
+
 def _new_comm_id() -> int:
     """Drawn at random, so that coordinators that share devices do not collide; below 2**53, for JavaScript's numbers."""
     return secrets.randbelow((1 << 53) - 1) + 1
-
-
-def _by_rank(addrs: Any, nranks: int) -> tuple[int, ...]:
-    for rank in range(nranks):
-        if rank not in addrs:
-            raise RankMismatch(f"rank {rank} has no address; {nranks} ranks need one each, got {_ranks(addrs)}")
-    if len(addrs) > nranks:
-        raise RankMismatch(f"{len(addrs)} addresses for {nranks} ranks: {_ranks(addrs)}")
-    return tuple(addrs[rank].value for rank in range(nranks))
-
-
-def _ranks(addrs: Any) -> str:
-    shown = sorted(addrs)[:20]
-    return f"addresses for ranks {', '.join(map(str, shown))}" if shown else "none"

@@ -27,13 +27,24 @@ class Dataflow:
     """A program by peer and direction, each list in the order in which the stream to or from that peer carries it.
 
     Attributes:
-        reads: how often each chunk is read in all, by chunk.
+        nblocks, parts: blocks of an operation, and chunks into which each is cut.
+        reads, writes: how often each chunk is read and written in all, by chunk.
+        reduces: it reduces something.
+        store_and_forward: a chunk is sent on only when all of it has arrived.
     """
 
-    nchunks: int
+    nblocks: int
+    parts: int
     sends: Mapping[int, tuple[Access, ...]]
     receives: Mapping[int, tuple[Access, ...]]
     reads: tuple[int, ...]
+    writes: tuple[int, ...]
+    reduces: bool
+    store_and_forward: bool
+
+    @property
+    def nchunks(self) -> int:
+        return self.nblocks * self.parts
 
 
 def dataflow_of(program: Program) -> Dataflow:
@@ -52,8 +63,12 @@ def dataflow_of(program: Program) -> Dataflow:
                 receives[move.peer].append(access)
                 writes[move.chunk] += 1
     return Dataflow(
-        program.nchunks,
+        len(program.blocks),
+        program.parts,
         {peer: tuple(accesses) for peer, accesses in sends.items()},
         {peer: tuple(accesses) for peer, accesses in receives.items()},
         tuple(reads),
+        tuple(writes),
+        any(move.kind in (Kind.REDUCE, Kind.REDUCE_LAST) for step in program.steps for move in step),
+        program.store_and_forward,
     )

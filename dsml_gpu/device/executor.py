@@ -5,15 +5,20 @@ slices, and the order is kept slice by slice, so a slice travels on while the ne
 coroutine per sending peer follows what comes from there in order, and one outbox per receiving peer what goes there; each
 slice counts the reads and writes done on it, and a move waits for the counts that the program's order demands.
 `schedules.verify` proved that these waits form no cycle.
+
+A slice holds the rank's input until it is written for the first time, and what is written goes to its place in the output.
+So a collective out of place needs no copy beforehand, and leaves the input as it was. What has no place in the output (a
+partial result of others) gets memory of its own, from the first write to the last read.
 """
 
 from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import Callable, Coroutine, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -22,10 +27,26 @@ from dsml_gpu.device.dataflow import Access, Dataflow
 from dsml_gpu.device.device import Device
 from dsml_gpu.errors import DsmlError, OperationAborted, OperationTimeout, OutOfMemory
 from dsml_gpu.memory.arena import Arena
-from dsml_gpu.reduction import Operator
+from dsml_gpu.memory.device_memory import DeviceNDArray
+from dsml_gpu.reduction import Operator, Reducer
 from dsml_gpu.schedules import Kind, chunk_bounds
 from dsml_gpu.transport.link import RecvLink, SendLink
 from dsml_gpu.wire.timeouts import StallWatch
+
+
+@dataclass(frozen=True, slots=True)
+class Block:
+    """A part of a collective's data on one rank.
+
+    Attributes:
+        elements: its length.
+        send: address of what the rank has of it at the start; None: nothing, or a token of zeros.
+        recv: address of the rank's result; None: it passes through. The same as `send` where it is in place.
+    """
+
+    elements: int
+    send: int | None
+    recv: int | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,15 +55,17 @@ class Operation:
 
     Attributes:
         dataflow: this rank's moves.
-        addr: its buffer, reduced in place.
-        elements: length of the buffer.
+        blocks: those of the dataflow. No two ranges overlap but the two of a block that is in place.
+        weight: what the rank has at the start is multiplied by it; None: it is not.
+        copies_input: ranges of `send` may overlap those of `recv` after all: the input is copied first.
     """
 
     dataflow: Dataflow
-    addr: int
-    elements: int
+    blocks: tuple[Block, ...]
     dtype: np.dtype[Any]
     operator: Operator
+    weight: np.generic | None = None
+    copies_input: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,7 +107,7 @@ class GroupExecution:
         self.bytes_sent = 0
 
     async def run(self, operations: Sequence[Operation]) -> None:
-        """Runs the group; on return every buffer holds its result, on an exception none is defined.
+        """Runs the group; on return every output holds its result, on an exception none is defined.
 
         Raises:
             OperationTimeout: nothing moved for the stall timeout; the message says what was waited for.
@@ -123,144 +146,278 @@ class GroupExecution:
                 await send.drain()
 
     async def _run_one(self, operation: Operation) -> None:
-        chunks = _cut(operation, self._slice_bytes)
         flow = operation.dataflow
+        slices = _Slices(operation, self._arena, self._reducer, self._slice_bytes, self._nranks)
         outboxes = [
-            _Outbox(self._links.send[peer], accesses, chunks, self._arena, self._count_sent)
-            for peer, accesses in flow.sends.items()
+            _Outbox(self._links.send[peer], accesses, slices, self._count_sent) for peer, accesses in flow.sends.items()
         ]
         for outbox in outboxes:
             outbox.send_what_is_ready()
         await _all_or_none(
             [
-                self._receive(self._links.recv[peer], accesses, chunks, operation, outboxes)
-                for peer, accesses in flow.receives.items()
+                *(
+                    self._receive(self._links.recv[peer], accesses, slices, outboxes)
+                    for peer, accesses in flow.receives.items()
+                ),
+                slices.settle(),
             ]
         )
         # What is still being sent must not be overwritten by the next operation.
-        for chunk, reads in zip(chunks, flow.reads, strict=True):
-            for piece in chunk:
-                if piece.reads < reads:
-                    await piece.until(reads, 0)
+        for piece in slices:
+            await piece.until_read()
 
     def _count_sent(self, piece: _Slice) -> None:
         self.bytes_sent += piece.nbytes
         self._slices_moved += 1
         piece.count_read()
 
-    async def _receive(
-        self,
-        link: RecvLink,
-        accesses: Sequence[Access],
-        chunks: list[list[_Slice]],
-        operation: Operation,
-        outboxes: list[_Outbox],
-    ) -> None:
+    async def _receive(self, link: RecvLink, accesses: Sequence[Access], slices: _Slices, outboxes: list[_Outbox]) -> None:
         source = f"rank {accesses[0].move.peer}"
         for access in accesses:
             reads, writes = access.reads_before, access.writes_before
             self._waiting[source] = f"chunk {access.move.chunk} of step {access.step} from {source}"
             # Slices that may not be applied yet are kept, so that taking a chunk never waits for applying it: the proof
             # of progress (`schedules.verify`) rests on this. Between peers that exchange a chunk they are few.
-            kept: deque[tuple[_Slice, Any]] = deque()
-            for piece in chunks[access.move.chunk]:
-                data = await link.recv(piece.nbytes)
-                if piece.reads < reads or piece.writes < writes:
-                    kept.append((piece, self._memory.clone(data) if link.lends else data))
-                else:
-                    self._apply(access.move.kind, piece, data, operation)
-                link.release()
-                self._slices_moved += 1
-                for outbox in outboxes:
-                    outbox.send_what_is_ready()
-            while kept:
-                piece, data = kept.popleft()
-                await piece.until(reads, writes)
-                self._apply(access.move.kind, piece, data, operation)
-                for outbox in outboxes:
-                    outbox.send_what_is_ready()
+            kept: list[asyncio.Task[None]] = []
+            try:
+                for piece in slices.of_chunk(access.move.chunk):
+                    data = await link.recv(piece.nbytes)
+                    if piece.may_be_written(reads, writes):
+                        slices.apply(access.move.kind, piece, data, link.lends)
+                    else:
+                        own = self._memory.clone(data) if link.lends else data
+                        kept.append(asyncio.ensure_future(self._apply_later(access, piece, own, slices, outboxes)))
+                    link.release()
+                    self._slices_moved += 1
+                    for outbox in outboxes:
+                        outbox.send_what_is_ready()
+                for task in kept:
+                    await task
+            finally:
+                for task in kept:
+                    task.cancel()
         del self._waiting[source]
 
-    def _apply(self, kind: Kind, piece: _Slice, data: Any, operation: Operation) -> None:
-        self._combine(kind, piece, data, operation)
-        piece.count_write()
-
-    def _combine(self, kind: Kind, piece: _Slice, data: Any, operation: Operation) -> None:
-        target = self._arena.view(piece.addr, piece.nbytes)
-        if kind is Kind.COPY:
-            self._memory.copy(target, data)
-            return
-        divisor = self._nranks if operation.operator.averages and kind is Kind.REDUCE_LAST else 1
-        self._reducer.reduce(operation.operator, operation.dtype, (target, data), (target,), divisor)
+    async def _apply_later(
+        self, access: Access, piece: _Slice, data: DeviceNDArray, slices: _Slices, outboxes: list[_Outbox]
+    ) -> None:
+        await piece.until(access.reads_before, access.writes_before)
+        slices.apply(access.move.kind, piece, data, lent=False)
+        for outbox in outboxes:
+            outbox.send_what_is_ready()
 
 
 class _Outbox:
     """What one operation sends to one peer, slice by slice in the order of the program, each as soon as it is ready."""
 
     def __init__(
-        self,
-        link: SendLink,
-        accesses: Sequence[Access],
-        chunks: list[list[_Slice]],
-        arena: Arena,
-        on_sent: Callable[[_Slice], None],
+        self, link: SendLink, accesses: Sequence[Access], slices: _Slices, on_sent: Callable[[_Slice], None]
     ) -> None:
         self._link = link
-        self._arena = arena
+        self._slices = slices
         self._on_sent = on_sent
-        self._waiting = deque((piece, access.writes_before) for access in accesses for piece in chunks[access.move.chunk])
+        #: Slices to send, each with the one that must have been written first, and how often.
+        self._waiting = deque(
+            (piece, slices.gate(piece, access.move.chunk), access.writes_before)
+            for access in accesses
+            for piece in slices.of_chunk(access.move.chunk)
+        )
 
     def send_what_is_ready(self) -> None:
         waiting = self._waiting
-        while waiting and waiting[0][0].writes >= waiting[0][1]:
-            piece, _ = waiting.popleft()
-            self._link.send(self._arena.view(piece.addr, piece.nbytes), partial(self._on_sent, piece))
+        while waiting and waiting[0][1].writes >= waiting[0][2]:
+            piece, _, _ = waiting.popleft()
+            self._link.send(self._slices.read(piece), partial(self._on_sent, piece))
+            piece.count_issued()
+
+
+class _Slices:
+    """The slices of an operation's chunks, and what is done to them.
+
+    Args:
+        arena: where the operation's buffers are.
+        reducer: reduces there.
+        slice_bytes: chunks are cut into pieces of this size.
+        nranks: what an average divides by.
+    """
+
+    def __init__(self, operation: Operation, arena: Arena, reducer: Reducer, slice_bytes: int, nranks: int) -> None:
+        self._operation = operation
+        self._memory = arena.memory
+        self._reducer = reducer
+        self._divisor = nranks if operation.operator.averages else 1
+        self._chunks = _cut(operation, arena, slice_bytes)
+
+    def __iter__(self) -> Iterator[_Slice]:
+        return chain.from_iterable(self._chunks)
+
+    def of_chunk(self, chunk: int) -> list[_Slice]:
+        """The slices of a chunk in order; an empty chunk has none."""
+        return self._chunks[chunk]
+
+    def gate(self, piece: _Slice, chunk: int) -> _Slice:
+        """The slice that must have been written before `piece` may be sent on: itself, or the last one of its chunk.
+
+        Whoever writes a chunk writes its slices in order, so after the last one all are written.
+        """
+        return self._chunks[chunk][-1] if self._operation.dataflow.store_and_forward else piece
+
+    def read(self, piece: _Slice) -> DeviceNDArray:
+        """What a slice holds."""
+        if not piece.is_weighed:
+            self._weigh(piece)
+        if piece.content is None:
+            piece.content = self._memory.allocate(piece.nbytes)
+        return piece.content
+
+    def apply(self, kind: Kind, piece: _Slice, data: DeviceNDArray, lent: bool) -> None:
+        """Writes to a slice.
+
+        Args:
+            lent: `data` is memory that somebody else will need again.
+        """
+        if kind is Kind.COPY:
+            if piece.target is None and not lent:
+                piece.content = data
+            else:
+                piece.content = self._target(piece)
+                self._memory.copy(piece.content, data)
+        else:
+            divisor = self._divisor if kind is Kind.REDUCE_LAST else 1
+            held, target = self.read(piece), self._target(piece)
+            self._reducer.reduce(self._operation.operator, self._operation.dtype, (held, data), (target,), divisor)
+            piece.content = target
+        piece.is_weighed = True
+        piece.count_write()
+
+    async def settle(self) -> None:
+        """Brings what the rank has and keeps, and nobody sends it, to where its result goes."""
+        flow = self._operation.dataflow
+        for chunk, writes in enumerate(flow.writes):
+            if writes:
+                continue
+            for piece in self._chunks[chunk]:
+                if piece.target is None or (piece.content is piece.target and piece.is_weighed):
+                    continue
+                if not piece.is_weighed:
+                    self._weigh(piece)
+                elif piece.content is not None:
+                    self._memory.copy(piece.target, piece.content)
+                await asyncio.sleep(0)  # others are served between two slices
+
+    def _weigh(self, piece: _Slice) -> None:
+        """Multiplies what the rank has at the start by its weight, before the first use."""
+        weight = self._operation.weight
+        assert weight is not None
+        target = self._target(piece)
+        self._reducer.weigh(self._operation.dtype, piece.content, target, weight)
+        piece.content = target
+        piece.is_weighed = True
+
+    def _target(self, piece: _Slice) -> DeviceNDArray:
+        if piece.target is None:
+            piece.target = self._memory.scratch(piece.nbytes)
+        return piece.target
 
 
 class _Slice:
-    """A piece of a chunk, and how often it has been read and written so far."""
+    """A piece of a chunk.
 
-    __slots__ = ("_waiters", "addr", "nbytes", "reads", "writes")
+    Attributes:
+        content: what it holds: the rank's input before the first write; None: nothing.
+        target: where what is written goes; None: memory that is taken at the first write.
+        all_reads: how often it is read in all.
+        is_weighed: the rank's weight is in the content.
+        issued: how many of its reads are under way or over; from then on they read what it held at that moment.
+        reads, writes: how many are over.
+    """
 
-    def __init__(self, addr: int, nbytes: int) -> None:
-        self.addr = addr
+    __slots__ = ("_waiters", "all_reads", "content", "is_weighed", "issued", "nbytes", "passes", "reads", "target", "writes")
+
+    def __init__(
+        self,
+        nbytes: int,
+        content: DeviceNDArray | None,
+        target: DeviceNDArray | None,
+        all_reads: int,
+        is_weighed: bool,
+    ) -> None:
         self.nbytes = nbytes
+        self.content = content
+        self.target = target
+        self.all_reads = all_reads
+        self.is_weighed = is_weighed
+        self.passes = target is None
+        self.issued = 0
         self.reads = 0
         self.writes = 0
         self._waiters: list[asyncio.Future[None]] = []
 
+    def may_be_written(self, reads: int, writes: int) -> bool:
+        """Whether so many reads and writes, which come before a write, are over as far as the write concerns them.
+
+        A write to other memory than the reads are from need not wait until they are over, only until they have begun.
+        """
+        return self.writes >= writes and (self.reads if self.content is self.target else self.issued) >= reads
+
     async def until(self, reads: int, writes: int) -> None:
-        """Returns when it has been read and written so often."""
-        while self.reads < reads or self.writes < writes:
-            waiter = asyncio.get_running_loop().create_future()
-            self._waiters.append(waiter)
-            await waiter
+        """Returns when it may be written after so many reads and writes."""
+        while not self.may_be_written(reads, writes):
+            await self._next_count()
+
+    async def until_read(self) -> None:
+        """Returns when all its reads are over."""
+        while self.reads < self.all_reads:
+            await self._next_count()
+
+    async def _next_count(self) -> None:
+        waiter = asyncio.get_running_loop().create_future()
+        self._waiters.append(waiter)
+        await waiter
+
+    def count_issued(self) -> None:
+        self.issued += 1
+        self._wake()
 
     def count_read(self) -> None:
         self.reads += 1
-        if self._waiters:
-            self._wake()
+        if self.passes and self.reads == self.all_reads:
+            self.content = self.target = None  # nobody needs it any more
+        self._wake()
 
     def count_write(self) -> None:
         self.writes += 1
-        if self._waiters:
-            self._wake()
+        self._wake()
 
     def _wake(self) -> None:
-        waiters, self._waiters = self._waiters, []
-        for waiter in waiters:
-            if not waiter.done():
-                waiter.set_result(None)
+        if self._waiters:
+            waiters, self._waiters = self._waiters, []
+            for waiter in waiters:
+                if not waiter.done():
+                    waiter.set_result(None)
 
 
-def _cut(operation: Operation, slice_bytes: int) -> list[list[_Slice]]:
-    """The slices of each chunk; an empty chunk has none."""
-    itemsize, nchunks = operation.dtype.itemsize, operation.dataflow.nchunks
+def _cut(operation: Operation, arena: Arena, slice_bytes: int) -> list[list[_Slice]]:
+    """The slices of each chunk."""
+    flow, itemsize = operation.dataflow, operation.dtype.itemsize
     chunks = []
-    for chunk in range(nchunks):
-        first, last = chunk_bounds(operation.elements, nchunks, chunk)
-        start, end = operation.addr + first * itemsize, operation.addr + last * itemsize
-        chunks.append([_Slice(addr, min(slice_bytes, end - addr)) for addr in range(start, end, slice_bytes)])
+    for block_number, block in enumerate(operation.blocks):
+        for part in range(flow.parts):
+            first, last = chunk_bounds(block.elements, flow.parts, part)
+            all_reads = flow.reads[block_number * flow.parts + part]
+            pieces = []
+            for start in range(first * itemsize, last * itemsize, slice_bytes):
+                nbytes = min(slice_bytes, last * itemsize - start)
+                content = None if block.send is None else arena.view(block.send + start, nbytes)
+                if block.recv == block.send:
+                    target = content
+                else:
+                    target = None if block.recv is None else arena.view(block.recv + start, nbytes)
+                if operation.copies_input and content is not None:
+                    content = arena.memory.clone(content)
+                is_weighed = operation.weight is None or content is None
+                pieces.append(_Slice(nbytes, content, target, all_reads, is_weighed))
+            chunks.append(pieces)
     return chunks
 
 

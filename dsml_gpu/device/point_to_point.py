@@ -12,6 +12,7 @@ from typing import Any
 
 from dsml_gpu.device.device import Device, Peer
 from dsml_gpu.errors import DsmlError, OperationAborted, OperationTimeout, StreamInUse, StreamLength, StreamNotFound
+from dsml_gpu.transport.emulation import DeviceLink
 from dsml_gpu.transport.grpc import ChannelPool, GrpcSendLink, early_end
 from dsml_gpu.transport.incoming import Incoming, IncomingTable
 from dsml_gpu.transport.link import new_stream_id
@@ -70,20 +71,26 @@ class PointToPoint:
         self._receiving: set[int] = set()
         self._tasks: set[asyncio.Task[None]] = set()
 
-    def begin_send(self, device: Device, addr: int, nbytes: int, peer: Peer) -> int:
+    def begin_send(self, device: Device, addr: int, nbytes: int, peer: Peer, link: DeviceLink | None) -> int:
         """Starts to send device memory to a peer; returns the new stream's id at once.
+
+        Args:
+            link: the device's, where links are emulated.
 
         Raises:
             AddressOutOfRange: the buffer leaves the device's memory.
         """
         device.arena.check(addr, nbytes)
         stream_id = new_stream_id()
-        link = GrpcSendLink(self._channels.stub(peer.address), stream_id, device.arena.memory, str(peer))
-        self._follow(stream_id, self._send(device, addr, nbytes, link))
+        sender = GrpcSendLink(self._channels.stub(peer.address), stream_id, device.arena.memory, str(peer), link)
+        self._follow(stream_id, self._send(device, addr, nbytes, sender))
         return stream_id
 
-    def begin_receive(self, device: Device, stream_id: int, addr: int, nbytes: int) -> None:
+    def begin_receive(self, device: Device, stream_id: int, addr: int, nbytes: int, link: DeviceLink | None) -> None:
         """Starts to receive a stream into device memory; returns at once.
+
+        Args:
+            link: the device's, where links are emulated.
 
         Raises:
             AddressOutOfRange: the buffer leaves the device's memory.
@@ -92,7 +99,7 @@ class PointToPoint:
         device.arena.check(addr, nbytes)
         if stream_id in self._receiving:
             raise StreamInUse(f"stream {stream_id} has a receiver already")
-        stream = self._incoming.claim(stream_id, accept_unnamed=True)
+        stream = self._incoming.claim(stream_id, accept_unnamed=True, link=link)
         self._follow(stream_id, self._receive(device, addr, nbytes, stream))
         self._receiving.add(stream_id)
 
@@ -140,7 +147,7 @@ class PointToPoint:
             stream_id, _ = self._streams.popitem(last=False)
             self._receiving.discard(stream_id)
 
-    async def _send(self, device: Device, addr: int, nbytes: int, link: GrpcSendLink) -> None:
+    async def _send(self, device: Device, addr: int, nbytes: int, sender: GrpcSendLink) -> None:
         sent = 0
 
         def on_sent() -> None:
@@ -148,13 +155,13 @@ class PointToPoint:
             sent += 1
 
         for start in range(0, nbytes, COPY_SLICE_BYTES):
-            link.send(device.arena.view(addr + start, min(COPY_SLICE_BYTES, nbytes - start)), on_sent)
-        link.end()
+            sender.send(device.arena.view(addr + start, min(COPY_SLICE_BYTES, nbytes - start)), on_sent)
+        sender.end()
         watch = StallWatch(self._stall_timeout_s, lambda: sent)
         try:
-            await link.drain()
+            await sender.drain()
         except BaseException:
-            link.abort(OperationAborted("the sender gave up"))
+            sender.abort(OperationAborted("the sender gave up"))
             if watch.stalled:
                 raise OperationTimeout(f"the receiver took nothing for {self._stall_timeout_s:g} s") from None
             raise

@@ -13,7 +13,7 @@ from dsml_gpu.reduction import Operator, Reducer
 
 log = logging.getLogger(__name__)
 
-_Key = tuple[Reducer, Operator, np.dtype[Any]]
+_Key = tuple[Reducer, Operator, np.dtype[Any], bool]
 
 
 class Preparation:
@@ -22,18 +22,21 @@ class Preparation:
     def __init__(self) -> None:
         self._under_way: dict[_Key, asyncio.Future[None]] = {}
 
-    async def begin(self, reducer: Reducer, operator: Operator, dtype: np.dtype[Any]) -> None:
+    async def begin(self, reducer: Reducer, operator: Operator, dtype: np.dtype[Any], weighted: bool = False) -> None:
         """Compiles what is not compiled yet; waits for it only where the reducer must be ready.
+
+        Args:
+            weighted: `Reducer.weigh` is needed as well.
 
         Raises:
             Exception: the reducer must be ready, and it could not be compiled.
         """
-        if reducer.is_ready(operator, dtype):
+        if reducer.is_ready(operator, dtype, weighted=weighted):
             return
-        key = (reducer, operator, dtype)
+        key = (reducer, operator, dtype, weighted)
         preparing = self._under_way.get(key)
         if preparing is None:
-            preparing = asyncio.ensure_future(asyncio.to_thread(reducer.prepare, operator, dtype))
+            preparing = asyncio.ensure_future(asyncio.to_thread(reducer.prepare, operator, dtype, weighted))
             preparing.add_done_callback(partial(self._end, key))
             self._under_way[key] = preparing
         if reducer.must_be_ready:

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import itertools
+import os
 import secrets
+import socket
 from collections import deque
 from collections.abc import AsyncGenerator, AsyncIterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any
 
 from dsml_gpu.device.dataflow import Dataflow, dataflow_of
 from dsml_gpu.device.device import Device, Membership, Peer
-from dsml_gpu.device.executor import GroupExecution, Links, Operation
+from dsml_gpu.device.executor import Block, GroupExecution, Links, Operation
 from dsml_gpu.device.point_to_point import PointToPoint
 from dsml_gpu.device.preparation import Preparation
 from dsml_gpu.errors import (
@@ -25,12 +27,14 @@ from dsml_gpu.errors import (
     StreamLength,
 )
 from dsml_gpu.memory.device_memory import Download
-from dsml_gpu.reduction import dtype_of, elements_in, operator_of
+from dsml_gpu.reduction import checked_weight, dtype_of, elements_in, operator_of
 from dsml_gpu.schedules import Kind, Move, Program
+from dsml_gpu.transport.emulation import DeviceLink, LinkSettings
 from dsml_gpu.transport.grpc import ChannelPool, GrpcRecvLink, GrpcSendLink, serve_stream_send
 from dsml_gpu.transport.incoming import IncomingTable
 from dsml_gpu.transport.link import RecvLink, SendLink
 from dsml_gpu.transport.p2p import PipeTable
+from dsml_gpu.transport.timer import Timer
 from dsml_gpu.wire import gpu_sim_pb2 as pb
 from dsml_gpu.wire.codec import Chunk
 from dsml_gpu.wire.messages import require
@@ -43,18 +47,32 @@ _MIN_SLICE_BYTES = 4 << 10
 
 @dataclass(frozen=True, slots=True)
 class TransferSettings:
-    """How a server's devices move data.
+    """How a server's devices move data, and where they say that they are.
 
     Attributes:
         slice_bytes: chunks are cut into messages of this size.
         stall_timeout_s: whatever does not move for so long fails.
+        link: what the link of each device is made to look like; as fast as it is, unless told otherwise.
+        host_name: of the host that the devices are on; empty: the machine's own.
+
+    Raises:
+        InvalidValue: on construction, where values do not do, or not together.
     """
 
     slice_bytes: int = 512 << 10
     stall_timeout_s: float = 30.0
+    link: LinkSettings = field(default_factory=LinkSettings)
+    host_name: str = ""
 
     def __post_init__(self) -> None:
         check_slice_bytes(self.slice_bytes)
+        largest = max(self.slice_bytes, COPY_SLICE_BYTES)
+        needed_s = self.link.transmission_s(largest) + self.link.latency_s
+        if needed_s > self.stall_timeout_s:
+            raise InvalidValue(
+                f"a message of {largest} bytes takes {needed_s:.3g} s over the emulated link, longer than "
+                f"the stall timeout of {self.stall_timeout_s:g} s"
+            )
 
 
 class DeviceService:
@@ -74,7 +92,11 @@ class DeviceService:
         self._settings = settings
         self._devices: dict[int, Device] = {}
         self._preparation = Preparation()
-        self._incoming = IncomingTable(self._settings.stall_timeout_s)
+        self._host_name = settings.host_name or socket.gethostname()
+        self._cores = usable_cores()
+        self._timer = Timer()
+        self._emulated: dict[int, DeviceLink] = {}  # by device id
+        self._incoming = IncomingTable(self._settings.stall_timeout_s, self._timer if self._settings.link.emulated else None)
         self._pipes = PipeTable(self._settings.stall_timeout_s)
         self._channels = ChannelPool()
         self._point_to_point = PointToPoint(self._incoming, self._channels, self._settings.stall_timeout_s)
@@ -82,15 +104,19 @@ class DeviceService:
     def add(self, device: Device) -> None:
         """Serves one more device."""
         self._devices[device.device_id] = device
+        if self._settings.link.emulated:
+            self._emulated[device.device_id] = DeviceLink(self._settings.link, self._timer)
 
     def remove(self, device_id: int) -> None:
         """Serves a device no more; its memory goes when nothing uses it."""
         del self._devices[device_id]
+        self._emulated.pop(device_id, None)
 
     async def close(self) -> None:
         """Gives up all transfers and closes the connections to peers."""
         await self._point_to_point.close()
         await self._channels.close()
+        self._timer.close()
 
     def _device(self, device_id: int) -> Device:
         if device_id == 0:
@@ -124,6 +150,10 @@ class DeviceService:
             deviceName=arena.backend.device_name,
             processUid=self._process_uid,
             gpu=arena.backend.gpu,
+            linkLatencyNs=round(self._settings.link.latency_s * 1e9),
+            linkBytesPerS=round(self._settings.link.bytes_per_s),
+            host=self._host_name,
+            cores=self._cores,
         )
 
     async def BeginSend(self, request: pb.BeginSendRequest, context: Any) -> pb.BeginSendResponse:
@@ -131,7 +161,8 @@ class DeviceService:
         device = self._device(request.deviceId)
         device.arena.check(request.sendBuffAddr.value, request.numBytes)
         peer = _joined(device, request.commId).peer(request.dstRank.value)
-        stream_id = self._point_to_point.begin_send(device, request.sendBuffAddr.value, request.numBytes, peer)
+        link = self._emulated.get(device.device_id)
+        stream_id = self._point_to_point.begin_send(device, request.sendBuffAddr.value, request.numBytes, peer, link)
         return pb.BeginSendResponse(initiated=True, streamId=pb.StreamId(value=stream_id))
 
     async def BeginReceive(self, request: pb.BeginReceiveRequest, context: Any) -> pb.BeginReceiveResponse:
@@ -141,7 +172,13 @@ class DeviceService:
         device = self._device(request.deviceId)
         device.arena.check(request.recvBuffAddr.value, request.numBytes)
         _joined(device, request.commId).peer(request.srcRank.value)
-        self._point_to_point.begin_receive(device, request.streamId.value, request.recvBuffAddr.value, request.numBytes)
+        self._point_to_point.begin_receive(
+            device,
+            request.streamId.value,
+            request.recvBuffAddr.value,
+            request.numBytes,
+            self._emulated.get(device.device_id),
+        )
         return pb.BeginReceiveResponse(initiated=True)
 
     async def StreamSend(self, chunks: AsyncIterator[Chunk], context: Any) -> pb.StreamSendResponse:
@@ -172,7 +209,10 @@ class DeviceService:
         flows = [_dataflow(program.SerializeToString()) for program in request.programs]
         operations = [_operation(operation, flows) for operation in request.operations]
         for operation in operations:
-            device.arena.check(operation.addr, operation.elements * operation.dtype.itemsize)
+            for block in operation.blocks:
+                for addr in (block.send, block.recv):
+                    if addr is not None:
+                        device.arena.check(addr, block.elements * operation.dtype.itemsize)
         chunks = sum(operation.dataflow.nchunks for operation in operations)
         if chunks > _MAX_CHUNKS:
             raise InvalidValue(f"the operations have {chunks} chunks together, at most {_MAX_CHUNKS} are allowed")
@@ -180,7 +220,9 @@ class DeviceService:
         check_slice_bytes(slice_bytes)
         stall_timeout_s = request.stallTimeoutMs / 1000 or self._settings.stall_timeout_s
         for operation in operations:
-            await self._preparation.begin(device.reducer, operation.operator, operation.dtype)
+            if operation.dataflow.reduces or operation.weight is not None:
+                weighted = operation.weight is not None
+                await self._preparation.begin(device.reducer, operation.operator, operation.dtype, weighted)
         links = self._open_links(device, membership, request.links, flows)
         execution = GroupExecution(device, membership.nranks, links, slice_bytes, stall_timeout_s)
         await execution.run(operations)
@@ -211,12 +253,14 @@ class DeviceService:
     def _send_link(self, device: Device, peer: Peer, stream_id: int) -> SendLink:
         if peer.p2p:
             return self._pipes.open_send(stream_id, device.arena.memory)
-        return GrpcSendLink(self._channels.stub(peer.address), stream_id, device.arena.memory, str(peer))
+        emulated = self._emulated.get(device.device_id)
+        return GrpcSendLink(self._channels.stub(peer.address), stream_id, device.arena.memory, str(peer), emulated)
 
     def _recv_link(self, device: Device, peer: Peer, stream_id: int) -> RecvLink:
         if peer.p2p:
             return self._pipes.open_recv(stream_id, device.arena.memory)
-        return GrpcRecvLink(self._incoming.claim(stream_id), device.arena.memory, str(peer))
+        incoming = self._incoming.claim(stream_id, link=self._emulated.get(device.device_id))
+        return GrpcRecvLink(incoming, device.arena.memory, str(peer))
 
     async def Malloc(self, request: pb.MallocRequest, context: Any) -> pb.MallocResponse:
         addr = self._device(request.deviceId.value).allocator.malloc(request.numBytes, request.commId)
@@ -276,6 +320,13 @@ def check_slice_bytes(slice_bytes: int) -> None:
         raise InvalidValue(f"slices must be a multiple of 8 bytes from {_MIN_SLICE_BYTES} up, not {slice_bytes}")
 
 
+def usable_cores() -> int:
+    """Cores that this process may run on; 0 where the system does not tell."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 0
+
+
 def _joined(device: Device, comm_id: int) -> Membership:
     try:
         return device.membership(comm_id)
@@ -287,24 +338,36 @@ def _joined(device: Device, comm_id: int) -> Membership:
 def _dataflow(message: bytes) -> Dataflow:
     """The dataflow of a program's wire bytes; the same few come again and again."""
     wire = pb.Program.FromString(message)
-    if not 1 <= wire.nchunks <= _MAX_CHUNKS:
-        raise InvalidValue(f"a program needs 1 to {_MAX_CHUNKS} chunks, not {wire.nchunks}")
+    nblocks, nchunks = wire.nblocks, wire.nblocks * wire.parts
+    if wire.parts < 1 or nchunks > _MAX_CHUNKS:
+        raise InvalidValue(f"a program cuts blocks into at least 1 part and has at most {_MAX_CHUNKS} chunks, not {nchunks}")
     steps = []
     for step in wire.steps:
         moves = []
         for move in step.moves:
             if move.kind not in Kind._value2member_map_:
                 raise InvalidValue(f"unknown kind of move {move.kind}")
-            if move.chunk >= wire.nchunks:
-                raise InvalidValue(f"chunk {move.chunk} is not one of {wire.nchunks}")
+            if move.chunk >= nchunks:
+                raise InvalidValue(f"chunk {move.chunk} is not one of {nchunks}")
             moves.append(Move(Kind(move.kind), move.peer, move.chunk))
         steps.append(tuple(sorted(moves, key=lambda move: move.kind is not Kind.SEND)))
-    return dataflow_of(Program(wire.nchunks, tuple(steps)))
+    return dataflow_of(Program(tuple(range(nblocks)), wire.parts, tuple(steps), wire.storeAndForward))
 
 
 def _operation(wire: pb.Operation, flows: list[Dataflow]) -> Operation:
     dtype = dtype_of(wire.dtype)
     if wire.program >= len(flows):
         raise InvalidValue(f"program {wire.program} is not one of the request's {len(flows)}")
-    elements = elements_in(wire.count, dtype)
-    return Operation(flows[wire.program], wire.memAddr, elements, dtype, operator_of(wire.op))
+    flow = flows[wire.program]
+    if len(wire.blocks) != flow.nblocks:
+        raise InvalidValue(f"program {wire.program} has {flow.nblocks} blocks, but the operation has {len(wire.blocks)}")
+    blocks = tuple(
+        Block(
+            elements_in(block.count, dtype),
+            block.sendAddr if block.HasField("sendAddr") else None,
+            block.recvAddr if block.HasField("recvAddr") else None,
+        )
+        for block in wire.blocks
+    )
+    weight = checked_weight(wire.weight, dtype) if wire.HasField("weight") else None
+    return Operation(flow, blocks, dtype, operator_of(wire.op), weight, wire.copiesInput)

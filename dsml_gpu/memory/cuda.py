@@ -76,8 +76,11 @@ class CudaMemory:
     def copy(self, target: DeviceNDArray, source: DeviceNDArray) -> None:
         _copy_async(target.data.ptr, source.data.ptr, target.nbytes, cp.cuda.runtime.memcpyDeviceToDevice, self.compute)
 
+    def scratch(self, nbytes: int) -> DeviceNDArray:
+        return _from_pool(self.gpu, self.compute, nbytes)
+
     def clone(self, source: DeviceNDArray) -> DeviceNDArray:
-        array = _from_pool(self.gpu, self.compute, source.nbytes)
+        array = self.scratch(source.nbytes)
         self.copy(array, source)
         return array
 

@@ -58,6 +58,9 @@ class DeviceMemory(Protocol):
     def clone(self, source: DeviceNDArray) -> DeviceNDArray:
         """Queues a copy into memory of its own. Raises MemoryError."""
 
+    def scratch(self, nbytes: int) -> DeviceNDArray:
+        """Memory of undefined content, for work queued from now on. Raises MemoryError."""
+
     def near(self, array: DeviceNDArray) -> DeviceNDArray:
         """The same bytes where this device's kernels can read them: the array itself, or a copy from another GPU."""
 

@@ -45,6 +45,9 @@ class HostMemory:
     def clone(self, source: np.ndarray) -> np.ndarray:
         return np.array(source)
 
+    def scratch(self, nbytes: int) -> np.ndarray:
+        return np.empty(nbytes, np.uint8)
+
     def near(self, array: np.ndarray) -> np.ndarray:
         return array
 

@@ -4,6 +4,7 @@ from dsml_gpu.reduction.dtypes import DTYPES, dtype_of, elements_in, wire_dtype
 from dsml_gpu.reduction.host import HostReducer
 from dsml_gpu.reduction.operators import OPERATORS, Operator, operator_of
 from dsml_gpu.reduction.reducer import Reducer
+from dsml_gpu.reduction.weights import checked_weight
 
 __all__ = [
     "DTYPES",
@@ -11,6 +12,7 @@ __all__ = [
     "HostReducer",
     "Operator",
     "Reducer",
+    "checked_weight",
     "dtype_of",
     "elements_in",
     "operator_of",

@@ -37,12 +37,12 @@ class CudaReducer:
         self._kernels = loaded_kernels(gpu)
         self._max_blocks = cp.cuda.Device(gpu).attributes["MultiProcessorCount"] * _BLOCKS_PER_MULTIPROCESSOR
 
-    def is_ready(self, operator: Operator, dtype: np.dtype[Any]) -> bool:
-        return all(name in self._kernels for name in _needed(operator, dtype))
+    def is_ready(self, operator: Operator, dtype: np.dtype[Any], *, weighted: bool = False) -> bool:
+        return all(name in self._kernels for name in _needed(operator, dtype, weighted))
 
-    def prepare(self, operator: Operator, dtype: np.dtype[Any]) -> None:
+    def prepare(self, operator: Operator, dtype: np.dtype[Any], weighted: bool = False) -> None:
         cp.cuda.Device(self._gpu).use()  # in a thread that may have used none yet, or another one
-        for name in _needed(operator, dtype):
+        for name in _needed(operator, dtype, weighted):
             self._kernels.kernel(name)
 
     def reduce(
@@ -68,6 +68,11 @@ class CudaReducer:
                 self._launch(kernels.copy_launch(inputs[0], outputs, nbytes))
             else:
                 self._launch(kernels.reduce_launch(operator, dtype, inputs, outputs, nbytes, divisor if step.last else 1))
+
+    def weigh(self, dtype: np.dtype[Any], source: Any, destination: Any, weight: np.generic) -> None:
+        if destination.nbytes:
+            addresses = int(source.data.ptr), int(destination.data.ptr)
+            self._launch(kernels.weigh_launch(dtype, *addresses, destination.nbytes, weight))
 
     def _temporary(self, nbytes: int) -> Any:
         # Given back to CuPy's pool before the kernels have run, but the pool gives it to work on this stream only.
@@ -123,10 +128,11 @@ def loaded_kernels(gpu: int) -> KernelCache:
     return _CACHES.setdefault(gpu, KernelCache(gpu))
 
 
-def _needed(operator: Operator, dtype: np.dtype[Any]) -> list[str]:
+def _needed(operator: Operator, dtype: np.dtype[Any], weighted: bool) -> list[str]:
     """The instantiations for two sources: an average is a sum until its last hop."""
     parts = {operator, _SUM} if operator.averages else {operator}
-    return [kernels.name_expression(part, dtype, 2) for part in parts]
+    names = [kernels.name_expression(part, dtype, 2) for part in parts]
+    return [*names, kernels.weigh_expression(dtype)] if weighted else names
 
 
 _SUM = next(operator for operator in OPERATORS if operator.name == "SUM")

@@ -1,9 +1,10 @@
-"""Reduction loops for the host that numba compiles. Importing this imports numba: about 0.5 s, and 64 MB of memory.
+"""Loops for the host that numba compiles. Importing this imports numba: about 0.5 s, and 64 MB of memory.
 
 A loop takes any number of sources and destinations, in one pass over memory. That makes it faster than numpy for every
 type, and not for the half types alone: the sum of four buffers into all four, 2 MiB each and in place, took 0.19 ms instead
 of 0.50 in float64, 0.19 instead of 0.46 in float32, 0.22 instead of 0.52 in int8 and 0.19 instead of 0.55 in int64. Only
-two sources and one destination of other than half types are as fast in numpy.
+two sources and one destination of other than half types are as fast in numpy. Of multiplications by a weight likewise only
+the half types gain.
 
 It is written in vectors, through LLVM's vector types, and not as scalars for the compiler to vectorise, for two reasons. A
 compiler that cannot know whether a destination is one of the sources tests it, and takes scalars where it is: a sum in
@@ -40,6 +41,9 @@ log = logging.getLogger(__name__)
 #: ``loop(addresses, nsources, nbytes, divisor)``: addresses of the sources and then of the destinations, as a uintp array;
 #: the divisor is an integer, and 1 where there is none. Releases the GIL.
 Loop = Callable[[np.ndarray, int, int, int], None]
+#: ``weigh(source, destination, weight)``: two uint8 arrays of the same size, the same memory or not overlapping, and a
+#: float32 that is none of the NaNs with something in the lower half. Releases the GIL.
+Weighing = Callable[[np.ndarray, np.ndarray, np.generic], None]
 
 #: What a loop combines at once. Of 64, 128 and 256 bytes, 256 was the fastest for every type (bfloat16: 6.9, 8.6 and
 #: 11.3 GB/s): 8 registers of AVX2, which is enough to hide what an addition takes and leaves registers for the operands.
@@ -91,6 +95,7 @@ def _narrow_bfloat16(builder: Any, values: Any, lanes: int) -> Any:
     """To nearest, ties to even.
 
     A NaN stays one: it comes from NaNs with nothing in the lower half, so no carry out of that half can reach its exponent.
+    Of a weight, `checked_weight` sees to that.
     """
     bits = builder.bitcast(values, _vector(_I32, lanes))
     odd = builder.and_(builder.lshr(bits, _all(_I32, lanes, 16)), _all(_I32, lanes, 1))
@@ -139,8 +144,14 @@ class _LanesModel(models.PrimitiveModel):
         super().__init__(manager, lanes, lanes.vector)
 
 
-def _vector_functions(element: _Element, ufunc: str, lanes: int) -> tuple[Any, Any, Any, Any]:
-    """Functions for numba code: load(address), combine(left, right), divide(vector, divisor), store(address, vector)."""
+def _spread(builder: Any, single: Any, lanes: int) -> Any:
+    """A vector of the same value in all lanes."""
+    first = builder.insert_element(ir.Constant(_vector(single.type, lanes), ir.Undefined), single, ir.Constant(_I32, 0))
+    return builder.shuffle_vector(first, first, _all(_I32, lanes, 0))
+
+
+def _access(element: _Element, lanes: int) -> tuple[Any, Any]:
+    """Functions for numba code: load(address), store(address, vector)."""
     vector = _Lanes(element.accumulated, lanes)
     in_memory = _vector(element.stored, lanes)
 
@@ -153,6 +164,23 @@ def _vector_functions(element: _Element, ufunc: str, lanes: int) -> tuple[Any, A
         return vector(types.uintp), generate
 
     @intrinsic
+    def store(context: Any, address: Any, values: Any) -> Any:
+        def generate(context: Any, builder: Any, signature: Any, arguments: Sequence[Any]) -> Any:
+            address, values = arguments
+            pointer = builder.inttoptr(address, in_memory.as_pointer())
+            builder.store(element.narrow(builder, values, lanes), pointer, align=1)
+            return context.get_dummy_value()
+
+        return types.void(types.uintp, vector), generate
+
+    return load, store
+
+
+def _reductions(element: _Element, ufunc: str, lanes: int) -> tuple[Any, Any]:
+    """Functions for numba code: combine(left, right), divide(vector, divisor)."""
+    vector = _Lanes(element.accumulated, lanes)
+
+    @intrinsic
     def combine(context: Any, left: Any, right: Any) -> Any:
         def generate(context: Any, builder: Any, signature: Any, arguments: Sequence[Any]) -> Any:
             return _combine(element, ufunc, builder, *arguments)
@@ -163,33 +191,38 @@ def _vector_functions(element: _Element, ufunc: str, lanes: int) -> tuple[Any, A
     def divide(context: Any, dividend: Any, divisor: Any) -> Any:
         def generate(context: Any, builder: Any, signature: Any, arguments: Sequence[Any]) -> Any:
             dividend, divisor = arguments
-            single = builder.sitofp(divisor, element.accumulated)
-            first = builder.insert_element(ir.Constant(vector.vector, ir.Undefined), single, ir.Constant(_I32, 0))
-            return builder.fdiv(dividend, builder.shuffle_vector(first, first, _all(_I32, lanes, 0)))
+            return builder.fdiv(dividend, _spread(builder, builder.sitofp(divisor, element.accumulated), lanes))
 
         return vector(vector, types.intp), generate
 
+    return combine, divide
+
+
+def _multiplication(element: _Element, lanes: int) -> Any:
+    """A function for numba code: multiply(vector, weight), both of float32."""
+    vector = _Lanes(element.accumulated, lanes)
+
     @intrinsic
-    def store(context: Any, address: Any, values: Any) -> Any:
+    def multiply(context: Any, values: Any, weight: Any) -> Any:
         def generate(context: Any, builder: Any, signature: Any, arguments: Sequence[Any]) -> Any:
-            address, values = arguments
-            pointer = builder.inttoptr(address, in_memory.as_pointer())
-            builder.store(element.narrow(builder, values, lanes), pointer, align=1)
-            return context.get_dummy_value()
+            values, weight = arguments
+            return builder.fmul(values, _spread(builder, weight, lanes))
 
-        return types.void(types.uintp, vector), generate
+        return vector(vector, types.float32), generate
 
-    return load, combine, divide, store
+    return multiply
 
 
 def _define(dtype: np.dtype[Any], ufunc: str) -> Callable[..., None]:
-    """The loop as numba takes it."""
+    """The loop of a reduction as numba takes it."""
     element = _ELEMENTS[dtype]
     itemsize = dtype.itemsize
     divides = element.kind == "f" and ufunc == "add"  # processors divide no vectors of integers
     wide = _VECTOR_BYTES // (4 if itemsize == 2 else itemsize)
-    load, combine, divide, store = _vector_functions(element, ufunc, wide)
-    load_one, combine_one, divide_one, store_one = _vector_functions(element, ufunc, 1)
+    load, store = _access(element, wide)
+    combine, divide = _reductions(element, ufunc, wide)
+    load_one, store_one = _access(element, 1)
+    combine_one, divide_one = _reductions(element, ufunc, 1)
 
     def loop(addresses: Any, nsources: Any, nbytes: Any, divisor: Any) -> None:
         count = nbytes // itemsize
@@ -216,6 +249,30 @@ def _define(dtype: np.dtype[Any], ufunc: str) -> Callable[..., None]:
     return loop
 
 
+def _define_weighing(dtype: np.dtype[Any]) -> Callable[..., None]:
+    """The multiplication of a half type by a weight as numba takes it."""
+    element = _ELEMENTS[dtype]
+    itemsize = dtype.itemsize
+    wide = _VECTOR_BYTES // 4
+    load, store = _access(element, wide)
+    multiply = _multiplication(element, wide)
+    load_one, store_one = _access(element, 1)
+    multiply_one = _multiplication(element, 1)
+
+    def weigh(source: Any, destination: Any, weight: Any) -> None:
+        read, written = source.ctypes.data, destination.ctypes.data
+        count = source.size // itemsize
+        whole = count - count % wide
+        for start in range(0, whole, wide):
+            offset = np.uintp(start * itemsize)
+            store(written + offset, multiply(load(read + offset), weight))
+        for index in range(whole, count):
+            offset = np.uintp(index * itemsize)
+            store_one(written + offset, multiply_one(load_one(read + offset), weight))
+
+    return weigh
+
+
 def has_half_conversion() -> bool:
     """Whether this processor converts float16 itself; otherwise LLVM calls functions that nobody provides."""
     machine = platform.machine().lower()
@@ -225,10 +282,12 @@ def has_half_conversion() -> bool:
 
 
 _compiling = threading.Lock()
-_compiled: dict[tuple[str, np.dtype[Any]], Loop] = {}
+#: By what they do and the type.
+_compiled: dict[tuple[str, np.dtype[Any]], Callable[..., None]] = {}
 
 _ADDRESSES = types.Array(types.uintp, 1, "C")
 _BYTES = types.Array(types.uint8, 1, "C", readonly=True)  # which a writable array is as well
+_WRITABLE_BYTES = types.Array(types.uint8, 1, "C")
 
 
 def compiled_loop(ufunc: str, dtype: np.dtype[Any]) -> Loop | None:
@@ -236,18 +295,30 @@ def compiled_loop(ufunc: str, dtype: np.dtype[Any]) -> Loop | None:
 
     Blocks for a third of a second, for the first loop of a process a second. None where this processor cannot run it.
     """
+    signature = types.void(_ADDRESSES, types.intp, types.intp, types.intp)
+    return _compiled_once(f"reduction {ufunc}", dtype, signature, lambda: _define(dtype, ufunc))
+
+
+def compiled_weighing(dtype: np.dtype[Any]) -> Weighing | None:
+    """The multiplication of float16 or bfloat16 by a weight; otherwise as `compiled_loop`."""
+    signature = types.void(_BYTES, _WRITABLE_BYTES, types.float32)
+    return _compiled_once("multiplication by a weight", dtype, signature, lambda: _define_weighing(dtype))
+
+
+def _compiled_once(
+    what: str, dtype: np.dtype[Any], signature: Any, define: Callable[[], Callable[..., None]]
+) -> Callable[..., None] | None:
     if dtype == np.float16 and not has_half_conversion():
         log.info("float16 reductions are left to numpy: this processor has no instructions that convert float16")
         return None
     with _compiling:
-        loop = _compiled.get((ufunc, dtype))
-        if loop is None:
+        function = _compiled.get((what, dtype))
+        if function is None:
             started = time.perf_counter()
-            signature = types.void(_ADDRESSES, types.intp, types.intp, types.intp)
-            loop = numba.njit(signature, nogil=True)(_define(dtype, ufunc))
-            log.info("compiled the reduction %s of %s in %.2f s", ufunc, dtype, time.perf_counter() - started)
-            _compiled[ufunc, dtype] = loop
-    return loop
+            function = numba.njit(signature, nogil=True)(define())
+            log.info("compiled the %s of %s in %.2f s", what, dtype, time.perf_counter() - started)
+            _compiled[what, dtype] = function
+    return function
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,7 +17,7 @@ from dsml_gpu.reduction.operators import Operator
 from dsml_gpu.reduction.passes import MAX_OPERANDS, TEMPORARY, Pass, aliases_of, plan_passes
 
 if TYPE_CHECKING:
-    from dsml_gpu.reduction.fast import Addresses, Loop
+    from dsml_gpu.reduction.fast import Addresses, Loop, Weighing
 
 log = logging.getLogger(__name__)
 
@@ -60,9 +60,10 @@ _Combine = Callable[[Sequence[np.ndarray], Sequence[np.ndarray], np.ndarray | No
 
 
 class HostReducer:
-    """See `Reducer`. `reduce` never compiles: where there is no compiled loop, numpy computes the same.
+    """See `Reducer`. `reduce` and `weigh` never compile: where there is no compiled loop, numpy computes the same.
 
-    `prepare` compiles one loop, which serves any number of sources and destinations. May be used from several threads.
+    `prepare` compiles one loop, which serves any number of sources and destinations, and where it helps one that multiplies
+    by weights. May be used from several threads.
 
     Args:
         compiles: False: never use numba.
@@ -77,21 +78,29 @@ class HostReducer:
         self._block_bytes = block_bytes
         #: By numpy function and type; None where numba cannot help.
         self._compiled: dict[tuple[str, np.dtype[Any]], _Compiled | None] = {}
+        #: Of the half types; None where numba cannot help.
+        self._weighings: dict[np.dtype[Any], Weighing | None] = {}
 
-    def is_ready(self, operator: Operator, dtype: np.dtype[Any], operands: int = 3) -> bool:
-        """Whether `reduce` gains nothing by `prepare`.
+    def is_ready(self, operator: Operator, dtype: np.dtype[Any], operands: int = 3, *, weighted: bool = False) -> bool:
+        """Whether `reduce`, and `weigh` if asked for, gain nothing by `prepare`.
 
         Args:
             operands: sources and destinations together. Up to three, only the half types gain.
         """
-        if not self._compiles or (operator.ufunc, dtype) in self._compiled:
+        if not self._compiles or not _numba_is_installed():
             return True
-        return (operands <= 3 and dtype.itemsize != 2) or not _numba_is_installed()
+        if weighted and dtype.itemsize == 2 and dtype not in self._weighings:
+            return False
+        return (operator.ufunc, dtype) in self._compiled or (operands <= 3 and dtype.itemsize != 2)
 
-    def prepare(self, operator: Operator, dtype: np.dtype[Any]) -> None:
+    def prepare(self, operator: Operator, dtype: np.dtype[Any], weighted: bool = False) -> None:
+        if not self._compiles or not _numba_is_installed():
+            return
         key = operator.ufunc, dtype
-        if self._compiles and key not in self._compiled and _numba_is_installed():
+        if key not in self._compiled:
             self._compiled[key] = _compile(*key)
+        if weighted and dtype.itemsize == 2 and dtype not in self._weighings:
+            self._weighings[dtype] = _compile_weighing(dtype)
 
     def reduce(
         self,
@@ -132,6 +141,22 @@ class HostReducer:
         combine = _combine_half if dtype.itemsize == 2 else _combine_own
         with np.errstate(all="ignore"):
             _run(passes, partial(combine, ufunc), views, divisor, block_bytes // dtype.itemsize)
+
+    def weigh(self, dtype: np.dtype[Any], source: np.ndarray, destination: np.ndarray, weight: np.generic) -> None:
+        _checked_size((source,), (destination,), 1)
+        compiled = self._weighings.get(dtype)
+        if compiled is not None:
+            compiled(source, destination, weight)
+            return
+        values, out = source.view(dtype), destination.view(dtype)
+        with np.errstate(all="ignore"):
+            if dtype.itemsize != 2:
+                np.multiply(values, weight, out=out)  # as fast as memory
+                return
+            block = self._block_bytes // 8  # of which two arrays of float32 stay in the cache
+            for start in range(0, values.size, block):
+                part = slice(start, start + block)
+                out[part] = (values[part].astype(np.float32) * weight).astype(dtype)
 
 
 def _is_large_half(dtype: np.dtype[Any], source: np.ndarray) -> bool:
@@ -331,11 +356,27 @@ def _numba_is_installed() -> bool:
     return find_spec("numba") is not None
 
 
-def _compile(ufunc: str, dtype: np.dtype[Any]) -> _Compiled | None:
+def _numba_can_be_imported() -> bool:
     try:
-        from dsml_gpu.reduction import fast
+        import dsml_gpu.reduction.fast  # noqa: F401
     except ImportError as error:  # numba refuses a numpy that is too new for it
         log.warning("numba is installed but cannot be imported, so numpy reduces: %s", error)
+        return False
+    return True
+
+
+def _compile(ufunc: str, dtype: np.dtype[Any]) -> _Compiled | None:
+    if not _numba_can_be_imported():
         return None
+    from dsml_gpu.reduction import fast
+
     loop = fast.compiled_loop(ufunc, dtype)
     return None if loop is None else _Compiled(loop, fast.address_functions())
+
+
+def _compile_weighing(dtype: np.dtype[Any]) -> Weighing | None:
+    if not _numba_can_be_imported():
+        return None
+    from dsml_gpu.reduction import fast
+
+    return fast.compiled_weighing(dtype)

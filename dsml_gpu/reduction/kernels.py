@@ -52,6 +52,7 @@ ARGUMENTS = np.dtype(
         ("destination_count", "<u4"),
         ("divisor", "<u4"),
         ("unaligned", "<u4"),
+        ("weight", "<u8"),
     ]
 )
 
@@ -78,14 +79,36 @@ def name_expression(operator: Operator, dtype: np.dtype[Any], source_count: int)
 
 
 def instantiations() -> dict[tuple[str, str], tuple[str, ...]]:
-    """All instantiations, by operator and type (names on the wire); copies are under ``("COPY", "")``."""
+    """All instantiations, by operator and type (names on the wire).
+
+    Copies are under ``("COPY", "")``, and what multiplies by a weight is under ``"WEIGH"`` and the type.
+    """
     table = {
         (operator.name, name): tuple(name_expression(operator, dtype, capacity) for capacity in _CAPACITIES)
         for name, dtype in DTYPES.items()
         for operator in OPERATORS
     }
+    table |= {("WEIGH", name): (weigh_expression(dtype),) for name, dtype in DTYPES.items()}
     table["COPY", ""] = tuple(map(_copy_kernel, _COPY_TYPES))
     return table
+
+
+def weigh_expression(dtype: np.dtype[Any]) -> str:
+    """The instantiation that multiplies a type by a weight."""
+    return f"reduce<{_CUDA_TYPE_OF[dtype]}, Weigh, 1>"
+
+
+def weigh_launch(dtype: np.dtype[Any], source: int, destination: int, nbytes: int, weight: np.generic) -> Launch:
+    """A multiplication by a weight.
+
+    Args:
+        source, destination: device addresses, of any alignment; may be the same.
+        nbytes: size of each, a multiple of the item size.
+        weight: of `weights.checked_weight`.
+    """
+    launch = _launch(weigh_expression(dtype), dtype.itemsize, (source,), (destination,), nbytes, 1)
+    launch.arguments["weight"] = int.from_bytes(weight.tobytes().ljust(8, b"\0"), "little")
+    return launch
 
 
 def reduce_launch(

@@ -19,11 +19,15 @@ class Reducer(Protocol):
 
     must_be_ready: bool
 
-    def is_ready(self, operator: Operator, dtype: np.dtype[Any]) -> bool:
-        """Whether there is nothing to `prepare`. Costs next to nothing."""
+    def is_ready(self, operator: Operator, dtype: np.dtype[Any], *, weighted: bool = False) -> bool:
+        """Whether there is nothing to `prepare`, with the same arguments. Costs next to nothing."""
 
-    def prepare(self, operator: Operator, dtype: np.dtype[Any]) -> None:
-        """Compiles what `reduce` needs for two sources. Takes up to seconds; for a thread."""
+    def prepare(self, operator: Operator, dtype: np.dtype[Any], weighted: bool = False) -> None:
+        """Compiles what `reduce` needs for two sources. Takes up to seconds; for a thread.
+
+        Args:
+            weighted: also what `weigh` needs for the type, whatever the operator.
+        """
 
     def reduce(
         self,
@@ -42,4 +46,15 @@ class Reducer(Protocol):
             sources, destinations: one-dimensional uint8 arrays of the same size, a multiple of the item size, at any
                 address. A destination may be one of the sources; otherwise no two overlap.
             divisor: above 1 only with AVG, which is divided in the accumulator; integers truncate toward zero.
+        """
+
+    def weigh(self, dtype: np.dtype[Any], source: Any, destination: Any, weight: np.generic) -> None:
+        """``destination[i] = weight * source[i]``, queued on the device.
+
+        float16 and bfloat16 are multiplied in float32 and rounded once, to nearest, ties to even; integers wrap.
+
+        Args:
+            source, destination: one-dimensional uint8 arrays of the same size, a multiple of the item size, at any address;
+                the same memory, or not overlapping.
+            weight: of `weights.checked_weight` for this type.
         """

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections import deque
 from collections.abc import AsyncIterator, Callable
 from contextlib import suppress
-from typing import Any
+from typing import Any, NamedTuple
 
 import grpc
 
 from dsml_gpu.errors import AmbiguousStream, DsmlError, OperationAborted, PeerUnavailable, StreamLength
 from dsml_gpu.memory.device_memory import DeviceMemory, DeviceNDArray, Download, Staged
+from dsml_gpu.transport.emulation import DelayLine, DeviceLink
 from dsml_gpu.transport.incoming import Incoming, IncomingTable
 from dsml_gpu.transport.queue import ClosableQueue
 from dsml_gpu.wire import gpu_sim_pb2 as pb
@@ -51,6 +53,14 @@ class _EndedEarlyError(DsmlError):
     """The call of a link has ended while the link waited for slices; the call knows why."""
 
 
+class _Slice(NamedTuple):
+    """A slice that waits to be sent, since `queued_s` (which is looked at where the link is emulated)."""
+
+    data: DeviceNDArray
+    on_sent: Callable[[], None]
+    queued_s: float
+
+
 class GrpcSendLink:
     """See `link.SendLink`.
 
@@ -59,29 +69,31 @@ class GrpcSendLink:
         stream_id: the stream, which the peer claims under the same number.
         memory: that slices come from.
         peer: who the peer is, for error messages.
+        link: of the device that sends, where links are emulated.
     """
 
     needs_drain = True
 
-    def __init__(self, stub: Any, stream_id: int, memory: DeviceMemory, peer: str) -> None:
+    def __init__(self, stub: Any, stream_id: int, memory: DeviceMemory, peer: str, link: DeviceLink | None = None) -> None:
         self._stream = OutgoingStream(stub.StreamSend())
+        self._line = None if link is None else DelayLine(self._stream, link)
         self._memory = memory
         self._peer = peer
         self._header = pb.DataChunk(streamId=stream_id)
-        self._slices: ClosableQueue[tuple[DeviceNDArray, Callable[[], None]] | None] = ClosableQueue()
+        self._slices: ClosableQueue[_Slice | None] = ClosableQueue()
         # A sender that has nothing to send at the moment hears of the end as well.
-        self._stream.on_end(lambda: self._slices.close(_EndedEarlyError()))
+        self._stream.on_end(lambda: self._close(_EndedEarlyError()))
 
     def send(self, data: DeviceNDArray, on_sent: Callable[[], None]) -> None:
         with suppress(_EndedEarlyError):  # `drain` says why
-            self._slices.put_nowait((data, on_sent))
+            self._slices.put_nowait(_Slice(data, on_sent, 0.0 if self._line is None else time.monotonic()))
 
     def end(self) -> None:
         with suppress(_EndedEarlyError):
             self._slices.put_nowait(None)
 
     async def drain(self) -> None:
-        under_way: deque[tuple[Download, Callable[[], None]]] = deque()
+        under_way: deque[tuple[Download, _Slice]] = deque()
         try:
             await self._drain(under_way)
         except _EndedEarlyError:
@@ -91,34 +103,46 @@ class GrpcSendLink:
         finally:
             for download, _ in under_way:
                 download.release()
+            if self._line is not None:
+                await self._line.stop()
 
-    async def _drain(self, under_way: deque[tuple[Download, Callable[[], None]]]) -> None:
+    async def _drain(self, under_way: deque[tuple[Download, _Slice]]) -> None:
         header: pb.DataChunk | None = self._header
         ended = False
         while under_way or not ended:
             # While one slice is on the network, the next ones come to the host.
             while not ended and len(under_way) < _DOWNLOADS_AHEAD and (not under_way or self._slices):
-                item = await self._slices.get()
-                if item is None:
+                piece = await self._slices.get()
+                if piece is None:
                     ended = True
                 else:
-                    data, on_sent = item
-                    under_way.append((self._memory.begin_download(data), on_sent))
+                    under_way.append((self._memory.begin_download(piece.data), piece))
             if under_way:
-                download, on_sent = under_way[0]
-                await self._stream.write(Chunk(await download.wait(), header))
+                download, piece = under_way[0]
+                await self._write(Chunk(await download.wait(), header), piece.queued_s)
                 under_way.popleft()
                 download.release()
-                on_sent()
+                piece.on_sent()
                 header = None
         if header is not None:
-            await self._stream.write(Chunk(b"", header))
-        await self._stream.end()
+            await self._write(Chunk(b"", header), time.monotonic())
+        await (self._stream if self._line is None else self._line).end()
         await self._stream.response()
 
+    async def _write(self, chunk: Chunk, ready_s: float) -> None:
+        if self._line is None:
+            await self._stream.write(chunk)
+        else:
+            await self._line.write(chunk, ready_s)
+
     def abort(self, error: DsmlError) -> None:
-        self._slices.close(error)
+        self._close(error)
         self._stream.cancel()
+
+    def _close(self, error: DsmlError) -> None:
+        self._slices.close(error)
+        if self._line is not None:
+            self._line.close(error)
 
     def _named_error(self, error: DsmlError) -> DsmlError:
         if error.code == "UNAVAILABLE":

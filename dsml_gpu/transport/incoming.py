@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import time
 
 from dsml_gpu.errors import AmbiguousStream, DsmlError, OperationTimeout, StreamInUse, TooManyStreams
+from dsml_gpu.transport.emulation import DeviceLink, TimedQueue
 from dsml_gpu.transport.queue import ClosableQueue
+from dsml_gpu.transport.timer import Timer
 
 #: Messages of a stream that are held ready beside the one in use; what bounds a receiver's memory.
 _DEPTH = 2
@@ -16,15 +19,59 @@ _MAX_OPEN = 4096
 _Message = memoryview | bytes | None
 
 
+class ArrivalQueue:
+    """For messages what a `ClosableQueue` is, behind the emulated link of the device that receives them.
+
+    `get` gives each when the link has received it.
+
+    Args:
+        timer: what it waits by.
+
+    Attributes:
+        link: the device's; must be known before the first `get`. What comes before that counts from when it came.
+    """
+
+    def __init__(self, timer: Timer) -> None:
+        self.link: DeviceLink | None = None
+        #: Messages, when they came, and when the link has received them.
+        self._messages: TimedQueue[tuple[_Message, float, float | None]] = TimedQueue(timer, _DEPTH)
+
+    async def put(self, message: _Message) -> None:
+        """See `ClosableQueue`."""
+        came_s = time.monotonic()
+        await self._messages.put((message, came_s, None if self.link is None else _received(self.link, came_s, message)))
+
+    async def get(self) -> _Message:
+        """See `ClosableQueue`."""
+        message, came_s, received_s = await self._messages.get()
+        if received_s is None:
+            assert self.link is not None
+            received_s = _received(self.link, came_s, message)
+        await self._messages.until(received_s)
+        return message
+
+    def close(self, error: DsmlError) -> None:
+        """See `ClosableQueue`."""
+        self._messages.close(error)
+
+
+def _received(link: DeviceLink, came_s: float, message: _Message) -> float:
+    return link.ingress.receive(came_s, 0 if message is None else len(message))
+
+
 class Incoming:
     """One stream of messages from another device.
 
     The server's handler puts messages in and waits for `ended`; the receiver gets them and calls `complete` or `fail`.
+
+    Args:
+        stream_id: its number.
+        messages: what they lie in meanwhile.
     """
 
-    def __init__(self, stream_id: int) -> None:
+    def __init__(self, stream_id: int, messages: ClosableQueue[_Message] | ArrivalQueue) -> None:
         self.stream_id = stream_id
-        self.messages: ClosableQueue[_Message] = ClosableQueue(_DEPTH)
+        self.messages = messages
         self.ended: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self.offered = False
         self.claimed = False
@@ -54,10 +101,12 @@ class IncomingTable:
 
     Args:
         timeout_s: a stream whose other end does not come for so long fails.
+        timer: where the devices of the server have emulated links.
     """
 
-    def __init__(self, timeout_s: float) -> None:
+    def __init__(self, timeout_s: float, timer: Timer | None = None) -> None:
         self._timeout_s = timeout_s
+        self._timer = timer
         self._open: dict[int, Incoming] = {}
 
     def __len__(self) -> int:
@@ -89,11 +138,12 @@ class IncomingTable:
         self._stop_clock_if_met(stream)
         return stream
 
-    def claim(self, stream_id: int, accept_unnamed: bool = False) -> Incoming:
+    def claim(self, stream_id: int, accept_unnamed: bool = False, link: DeviceLink | None = None) -> Incoming:
         """For the receiver of a stream; messages come when the sender does.
 
         Args:
             accept_unnamed: also take a sender that names no stream.
+            link: of the device that receives, where links are emulated.
 
         Raises:
             StreamInUse: the stream has a receiver already.
@@ -104,6 +154,8 @@ class IncomingTable:
             raise StreamInUse(f"stream {stream_id} has a receiver already")
         stream.claimed = True
         stream.accept_unnamed = accept_unnamed
+        if isinstance(stream.messages, ArrivalQueue):
+            stream.messages.link = link
         self._stop_clock_if_met(stream)
         return stream
 
@@ -112,7 +164,8 @@ class IncomingTable:
         if stream is None:
             if len(self._open) >= _MAX_OPEN:
                 raise TooManyStreams(f"{_MAX_OPEN} streams are open here already")
-            stream = self._open[stream_id] = Incoming(stream_id)
+            messages = ClosableQueue[_Message](_DEPTH) if self._timer is None else ArrivalQueue(self._timer)
+            stream = self._open[stream_id] = Incoming(stream_id, messages)
             stream.ended.add_done_callback(lambda _: self._forget_if_met(stream))
             stream.expiry = asyncio.get_running_loop().call_later(self._timeout_s, self._expire, stream)
         return stream

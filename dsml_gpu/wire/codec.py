@@ -27,8 +27,10 @@ class Chunk:
     header: pb.DataChunk | None = None
 
 
-def encode_chunk(chunk: Chunk) -> bytes:
-    """The wire bytes of a chunk."""
+def encode_chunk(chunk: Chunk | bytes) -> bytes:
+    """The wire bytes of a chunk; bytes are taken for what this has made of one before."""
+    if isinstance(chunk, bytes):
+        return chunk
     view = memoryview(chunk.data)
     size = view.nbytes
     header = chunk.header.SerializeToString() if chunk.header is not None else b""

@@ -64,6 +64,8 @@ class Refusal(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     OPERATION_ABORTED: _ClassVar[Refusal]
     STREAM_LENGTH: _ClassVar[Refusal]
     MESSAGE_TOO_LARGE: _ClassVar[Refusal]
+    INVALID_SCHEDULE: _ClassVar[Refusal]
+    BUFFER_OVERLAP: _ClassVar[Refusal]
 IN_PROGRESS: Status
 SUCCESS: Status
 FAILED: Status
@@ -108,6 +110,8 @@ OPERATION_TIMEOUT: Refusal
 OPERATION_ABORTED: Refusal
 STREAM_LENGTH: Refusal
 MESSAGE_TOO_LARGE: Refusal
+INVALID_SCHEDULE: Refusal
+BUFFER_OVERLAP: Refusal
 
 class DeviceId(_message.Message):
     __slots__ = ("value",)
@@ -134,7 +138,7 @@ class StreamId(_message.Message):
     def __init__(self, value: _Optional[int] = ...) -> None: ...
 
 class DeviceMetadata(_message.Message):
-    __slots__ = ("deviceId", "minMemAddr", "maxMemAddr", "address", "backend", "deviceName", "processUid", "gpu")
+    __slots__ = ("deviceId", "minMemAddr", "maxMemAddr", "address", "backend", "deviceName", "processUid", "gpu", "linkLatencyNs", "linkBytesPerS", "host", "cores")
     DEVICEID_FIELD_NUMBER: _ClassVar[int]
     MINMEMADDR_FIELD_NUMBER: _ClassVar[int]
     MAXMEMADDR_FIELD_NUMBER: _ClassVar[int]
@@ -143,6 +147,10 @@ class DeviceMetadata(_message.Message):
     DEVICENAME_FIELD_NUMBER: _ClassVar[int]
     PROCESSUID_FIELD_NUMBER: _ClassVar[int]
     GPU_FIELD_NUMBER: _ClassVar[int]
+    LINKLATENCYNS_FIELD_NUMBER: _ClassVar[int]
+    LINKBYTESPERS_FIELD_NUMBER: _ClassVar[int]
+    HOST_FIELD_NUMBER: _ClassVar[int]
+    CORES_FIELD_NUMBER: _ClassVar[int]
     deviceId: DeviceId
     minMemAddr: MemAddr
     maxMemAddr: MemAddr
@@ -151,7 +159,11 @@ class DeviceMetadata(_message.Message):
     deviceName: str
     processUid: str
     gpu: int
-    def __init__(self, deviceId: _Optional[_Union[DeviceId, _Mapping]] = ..., minMemAddr: _Optional[_Union[MemAddr, _Mapping]] = ..., maxMemAddr: _Optional[_Union[MemAddr, _Mapping]] = ..., address: _Optional[str] = ..., backend: _Optional[str] = ..., deviceName: _Optional[str] = ..., processUid: _Optional[str] = ..., gpu: _Optional[int] = ...) -> None: ...
+    linkLatencyNs: int
+    linkBytesPerS: int
+    host: str
+    cores: int
+    def __init__(self, deviceId: _Optional[_Union[DeviceId, _Mapping]] = ..., minMemAddr: _Optional[_Union[MemAddr, _Mapping]] = ..., maxMemAddr: _Optional[_Union[MemAddr, _Mapping]] = ..., address: _Optional[str] = ..., backend: _Optional[str] = ..., deviceName: _Optional[str] = ..., processUid: _Optional[str] = ..., gpu: _Optional[int] = ..., linkLatencyNs: _Optional[int] = ..., linkBytesPerS: _Optional[int] = ..., host: _Optional[str] = ..., cores: _Optional[int] = ...) -> None: ...
 
 class GetDeviceMetadataRequest(_message.Message):
     __slots__ = ("deviceId",)
@@ -312,26 +324,42 @@ class Step(_message.Message):
     def __init__(self, moves: _Optional[_Iterable[_Union[Move, _Mapping]]] = ...) -> None: ...
 
 class Program(_message.Message):
-    __slots__ = ("nchunks", "steps")
-    NCHUNKS_FIELD_NUMBER: _ClassVar[int]
+    __slots__ = ("parts", "steps", "nblocks", "storeAndForward")
+    PARTS_FIELD_NUMBER: _ClassVar[int]
     STEPS_FIELD_NUMBER: _ClassVar[int]
-    nchunks: int
+    NBLOCKS_FIELD_NUMBER: _ClassVar[int]
+    STOREANDFORWARD_FIELD_NUMBER: _ClassVar[int]
+    parts: int
     steps: _containers.RepeatedCompositeFieldContainer[Step]
-    def __init__(self, nchunks: _Optional[int] = ..., steps: _Optional[_Iterable[_Union[Step, _Mapping]]] = ...) -> None: ...
+    nblocks: int
+    storeAndForward: bool
+    def __init__(self, parts: _Optional[int] = ..., steps: _Optional[_Iterable[_Union[Step, _Mapping]]] = ..., nblocks: _Optional[int] = ..., storeAndForward: bool = ...) -> None: ...
+
+class Block(_message.Message):
+    __slots__ = ("count", "sendAddr", "recvAddr")
+    COUNT_FIELD_NUMBER: _ClassVar[int]
+    SENDADDR_FIELD_NUMBER: _ClassVar[int]
+    RECVADDR_FIELD_NUMBER: _ClassVar[int]
+    count: int
+    sendAddr: int
+    recvAddr: int
+    def __init__(self, count: _Optional[int] = ..., sendAddr: _Optional[int] = ..., recvAddr: _Optional[int] = ...) -> None: ...
 
 class Operation(_message.Message):
-    __slots__ = ("memAddr", "count", "dtype", "op", "program")
-    MEMADDR_FIELD_NUMBER: _ClassVar[int]
-    COUNT_FIELD_NUMBER: _ClassVar[int]
+    __slots__ = ("dtype", "op", "program", "blocks", "weight", "copiesInput")
     DTYPE_FIELD_NUMBER: _ClassVar[int]
     OP_FIELD_NUMBER: _ClassVar[int]
     PROGRAM_FIELD_NUMBER: _ClassVar[int]
-    memAddr: int
-    count: int
+    BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    WEIGHT_FIELD_NUMBER: _ClassVar[int]
+    COPIESINPUT_FIELD_NUMBER: _ClassVar[int]
     dtype: DataType
     op: ReduceOp
     program: int
-    def __init__(self, memAddr: _Optional[int] = ..., count: _Optional[int] = ..., dtype: _Optional[_Union[DataType, str]] = ..., op: _Optional[_Union[ReduceOp, str]] = ..., program: _Optional[int] = ...) -> None: ...
+    blocks: _containers.RepeatedCompositeFieldContainer[Block]
+    weight: float
+    copiesInput: bool
+    def __init__(self, dtype: _Optional[_Union[DataType, str]] = ..., op: _Optional[_Union[ReduceOp, str]] = ..., program: _Optional[int] = ..., blocks: _Optional[_Iterable[_Union[Block, _Mapping]]] = ..., weight: _Optional[float] = ..., copiesInput: bool = ...) -> None: ...
 
 class Link(_message.Message):
     __slots__ = ("peer", "sendStreamId", "recvStreamId")
@@ -478,16 +506,160 @@ class GroupEndResponse(_message.Message):
     def __init__(self, success: bool = ..., result: _Optional[_Union[CollectiveResult, _Mapping]] = ...) -> None: ...
 
 class CollectiveResult(_message.Message):
-    __slots__ = ("algorithm", "transports", "elapsedNs", "bytesSent")
+    __slots__ = ("algorithm", "transports", "elapsedNs", "bytesSent", "operations")
     ALGORITHM_FIELD_NUMBER: _ClassVar[int]
     TRANSPORTS_FIELD_NUMBER: _ClassVar[int]
     ELAPSEDNS_FIELD_NUMBER: _ClassVar[int]
     BYTESSENT_FIELD_NUMBER: _ClassVar[int]
+    OPERATIONS_FIELD_NUMBER: _ClassVar[int]
     algorithm: str
     transports: _containers.RepeatedScalarFieldContainer[Transport]
     elapsedNs: int
     bytesSent: int
-    def __init__(self, algorithm: _Optional[str] = ..., transports: _Optional[_Iterable[_Union[Transport, str]]] = ..., elapsedNs: _Optional[int] = ..., bytesSent: _Optional[int] = ...) -> None: ...
+    operations: _containers.RepeatedCompositeFieldContainer[OperationChoice]
+    def __init__(self, algorithm: _Optional[str] = ..., transports: _Optional[_Iterable[_Union[Transport, str]]] = ..., elapsedNs: _Optional[int] = ..., bytesSent: _Optional[int] = ..., operations: _Optional[_Iterable[_Union[OperationChoice, _Mapping]]] = ...) -> None: ...
+
+class OperationChoice(_message.Message):
+    __slots__ = ("kind", "algorithm", "reason", "predictedNs")
+    KIND_FIELD_NUMBER: _ClassVar[int]
+    ALGORITHM_FIELD_NUMBER: _ClassVar[int]
+    REASON_FIELD_NUMBER: _ClassVar[int]
+    PREDICTEDNS_FIELD_NUMBER: _ClassVar[int]
+    kind: CollectiveRequest.Kind
+    algorithm: str
+    reason: str
+    predictedNs: int
+    def __init__(self, kind: _Optional[_Union[CollectiveRequest.Kind, str]] = ..., algorithm: _Optional[str] = ..., reason: _Optional[str] = ..., predictedNs: _Optional[int] = ...) -> None: ...
+
+class CollectiveRequest(_message.Message):
+    __slots__ = ("commId", "kind", "dtype", "op", "root", "counts", "buffers", "sendRecvs", "algorithm", "schedule", "weights")
+    class Kind(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+        __slots__ = ()
+        KIND_UNSPECIFIED: _ClassVar[CollectiveRequest.Kind]
+        ALL_REDUCE: _ClassVar[CollectiveRequest.Kind]
+        REDUCE: _ClassVar[CollectiveRequest.Kind]
+        BROADCAST: _ClassVar[CollectiveRequest.Kind]
+        REDUCE_SCATTER: _ClassVar[CollectiveRequest.Kind]
+        ALL_GATHER: _ClassVar[CollectiveRequest.Kind]
+        GATHER: _ClassVar[CollectiveRequest.Kind]
+        SCATTER: _ClassVar[CollectiveRequest.Kind]
+        ALL_TO_ALL: _ClassVar[CollectiveRequest.Kind]
+        SEND_RECV: _ClassVar[CollectiveRequest.Kind]
+        BARRIER: _ClassVar[CollectiveRequest.Kind]
+    KIND_UNSPECIFIED: CollectiveRequest.Kind
+    ALL_REDUCE: CollectiveRequest.Kind
+    REDUCE: CollectiveRequest.Kind
+    BROADCAST: CollectiveRequest.Kind
+    REDUCE_SCATTER: CollectiveRequest.Kind
+    ALL_GATHER: CollectiveRequest.Kind
+    GATHER: CollectiveRequest.Kind
+    SCATTER: CollectiveRequest.Kind
+    ALL_TO_ALL: CollectiveRequest.Kind
+    SEND_RECV: CollectiveRequest.Kind
+    BARRIER: CollectiveRequest.Kind
+    COMMID_FIELD_NUMBER: _ClassVar[int]
+    KIND_FIELD_NUMBER: _ClassVar[int]
+    DTYPE_FIELD_NUMBER: _ClassVar[int]
+    OP_FIELD_NUMBER: _ClassVar[int]
+    ROOT_FIELD_NUMBER: _ClassVar[int]
+    COUNTS_FIELD_NUMBER: _ClassVar[int]
+    BUFFERS_FIELD_NUMBER: _ClassVar[int]
+    SENDRECVS_FIELD_NUMBER: _ClassVar[int]
+    ALGORITHM_FIELD_NUMBER: _ClassVar[int]
+    SCHEDULE_FIELD_NUMBER: _ClassVar[int]
+    WEIGHTS_FIELD_NUMBER: _ClassVar[int]
+    commId: int
+    kind: CollectiveRequest.Kind
+    dtype: DataType
+    op: ReduceOp
+    root: int
+    counts: _containers.RepeatedScalarFieldContainer[int]
+    buffers: _containers.RepeatedCompositeFieldContainer[RankBuffers]
+    sendRecvs: _containers.RepeatedCompositeFieldContainer[SendRecv]
+    algorithm: str
+    schedule: Schedule
+    weights: _containers.RepeatedScalarFieldContainer[float]
+    def __init__(self, commId: _Optional[int] = ..., kind: _Optional[_Union[CollectiveRequest.Kind, str]] = ..., dtype: _Optional[_Union[DataType, str]] = ..., op: _Optional[_Union[ReduceOp, str]] = ..., root: _Optional[int] = ..., counts: _Optional[_Iterable[int]] = ..., buffers: _Optional[_Iterable[_Union[RankBuffers, _Mapping]]] = ..., sendRecvs: _Optional[_Iterable[_Union[SendRecv, _Mapping]]] = ..., algorithm: _Optional[str] = ..., schedule: _Optional[_Union[Schedule, _Mapping]] = ..., weights: _Optional[_Iterable[float]] = ...) -> None: ...
+
+class RankBuffers(_message.Message):
+    __slots__ = ("sendAddr", "recvAddr")
+    SENDADDR_FIELD_NUMBER: _ClassVar[int]
+    RECVADDR_FIELD_NUMBER: _ClassVar[int]
+    sendAddr: int
+    recvAddr: int
+    def __init__(self, sendAddr: _Optional[int] = ..., recvAddr: _Optional[int] = ...) -> None: ...
+
+class SendRecv(_message.Message):
+    __slots__ = ("src", "dst", "count", "sendAddr", "recvAddr")
+    SRC_FIELD_NUMBER: _ClassVar[int]
+    DST_FIELD_NUMBER: _ClassVar[int]
+    COUNT_FIELD_NUMBER: _ClassVar[int]
+    SENDADDR_FIELD_NUMBER: _ClassVar[int]
+    RECVADDR_FIELD_NUMBER: _ClassVar[int]
+    src: int
+    dst: int
+    count: int
+    sendAddr: int
+    recvAddr: int
+    def __init__(self, src: _Optional[int] = ..., dst: _Optional[int] = ..., count: _Optional[int] = ..., sendAddr: _Optional[int] = ..., recvAddr: _Optional[int] = ...) -> None: ...
+
+class Schedule(_message.Message):
+    __slots__ = ("algorithm", "parts", "steps", "storeAndForward")
+    ALGORITHM_FIELD_NUMBER: _ClassVar[int]
+    PARTS_FIELD_NUMBER: _ClassVar[int]
+    STEPS_FIELD_NUMBER: _ClassVar[int]
+    STOREANDFORWARD_FIELD_NUMBER: _ClassVar[int]
+    algorithm: str
+    parts: int
+    steps: _containers.RepeatedCompositeFieldContainer[ScheduleStep]
+    storeAndForward: bool
+    def __init__(self, algorithm: _Optional[str] = ..., parts: _Optional[int] = ..., steps: _Optional[_Iterable[_Union[ScheduleStep, _Mapping]]] = ..., storeAndForward: bool = ...) -> None: ...
+
+class ScheduleStep(_message.Message):
+    __slots__ = ("transfers",)
+    TRANSFERS_FIELD_NUMBER: _ClassVar[int]
+    transfers: _containers.RepeatedCompositeFieldContainer[Transfer]
+    def __init__(self, transfers: _Optional[_Iterable[_Union[Transfer, _Mapping]]] = ...) -> None: ...
+
+class Transfer(_message.Message):
+    __slots__ = ("src", "dst", "chunk", "reduce")
+    SRC_FIELD_NUMBER: _ClassVar[int]
+    DST_FIELD_NUMBER: _ClassVar[int]
+    CHUNK_FIELD_NUMBER: _ClassVar[int]
+    REDUCE_FIELD_NUMBER: _ClassVar[int]
+    src: int
+    dst: int
+    chunk: int
+    reduce: bool
+    def __init__(self, src: _Optional[int] = ..., dst: _Optional[int] = ..., chunk: _Optional[int] = ..., reduce: bool = ...) -> None: ...
+
+class CollectiveResponse(_message.Message):
+    __slots__ = ("success", "result")
+    SUCCESS_FIELD_NUMBER: _ClassVar[int]
+    RESULT_FIELD_NUMBER: _ClassVar[int]
+    success: bool
+    result: CollectiveResult
+    def __init__(self, success: bool = ..., result: _Optional[_Union[CollectiveResult, _Mapping]] = ...) -> None: ...
+
+class GetCostModelRequest(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class GetCostModelResponse(_message.Message):
+    __slots__ = ("json",)
+    JSON_FIELD_NUMBER: _ClassVar[int]
+    json: str
+    def __init__(self, json: _Optional[str] = ...) -> None: ...
+
+class SetCostModelRequest(_message.Message):
+    __slots__ = ("json",)
+    JSON_FIELD_NUMBER: _ClassVar[int]
+    json: str
+    def __init__(self, json: _Optional[str] = ...) -> None: ...
+
+class SetCostModelResponse(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
 
 class AllReduceRingRequest(_message.Message):
     __slots__ = ("commId", "count", "op", "memAddrs", "dtype")

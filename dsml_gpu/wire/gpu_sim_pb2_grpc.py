@@ -507,6 +507,21 @@ class GPUCoordinatorStub(object):
                 request_serializer=dsml__gpu_dot_wire_dot_gpu__sim__pb2.MemcpyRequest.SerializeToString,
                 response_deserializer=dsml__gpu_dot_wire_dot_gpu__sim__pb2.MemcpyResponse.FromString,
                 )
+        self.Collective = channel.unary_unary(
+                '/gpu_sim.GPUCoordinator/Collective',
+                request_serializer=dsml__gpu_dot_wire_dot_gpu__sim__pb2.CollectiveRequest.SerializeToString,
+                response_deserializer=dsml__gpu_dot_wire_dot_gpu__sim__pb2.CollectiveResponse.FromString,
+                )
+        self.GetCostModel = channel.unary_unary(
+                '/gpu_sim.GPUCoordinator/GetCostModel',
+                request_serializer=dsml__gpu_dot_wire_dot_gpu__sim__pb2.GetCostModelRequest.SerializeToString,
+                response_deserializer=dsml__gpu_dot_wire_dot_gpu__sim__pb2.GetCostModelResponse.FromString,
+                )
+        self.SetCostModel = channel.unary_unary(
+                '/gpu_sim.GPUCoordinator/SetCostModel',
+                request_serializer=dsml__gpu_dot_wire_dot_gpu__sim__pb2.SetCostModelRequest.SerializeToString,
+                response_deserializer=dsml__gpu_dot_wire_dot_gpu__sim__pb2.SetCostModelResponse.FromString,
+                )
         self.CommFinalize = channel.unary_unary(
                 '/gpu_sim.GPUCoordinator/CommFinalize',
                 request_serializer=dsml__gpu_dot_wire_dot_gpu__sim__pb2.CommFinalizeRequest.SerializeToString,
@@ -608,6 +623,31 @@ class GPUCoordinatorServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Collective(self, request, context):
+        """Any collective by any algorithm, in place or out of place; AllReduceRing and NaiveAllReduce are short for two of them.
+        Returns when every rank is done, or once queued in an open group. Errors: NOT_FOUND (comm), INVALID_ARGUMENT (unknown
+        kind, algorithm, dtype or op, a schedule that is not proved, counts, buffers or weights that do not fit the collective,
+        buffers that overlap otherwise than in place), OUT_OF_RANGE, UNAVAILABLE (a device is gone), DEADLINE_EXCEEDED.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def GetCostModel(self, request, context):
+        """The cost model by which the coordinator chooses algorithms. Errors: none.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def SetCostModel(self, request, context):
+        """Replaces it from now on, and in the file that the coordinator was started with (--cost-model), where there is one.
+        Errors: INVALID_ARGUMENT (not a cost model), INTERNAL (the file cannot be written; the model is in use all the same).
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def CommFinalize(self, request, context):
         """Waits for all collectives of the communicator; from then on it takes no more. Idempotent. Errors: NOT_FOUND.
         """
@@ -695,6 +735,21 @@ def add_GPUCoordinatorServicer_to_server(servicer, server):
                     servicer.Memcpy,
                     request_deserializer=dsml__gpu_dot_wire_dot_gpu__sim__pb2.MemcpyRequest.FromString,
                     response_serializer=dsml__gpu_dot_wire_dot_gpu__sim__pb2.MemcpyResponse.SerializeToString,
+            ),
+            'Collective': grpc.unary_unary_rpc_method_handler(
+                    servicer.Collective,
+                    request_deserializer=dsml__gpu_dot_wire_dot_gpu__sim__pb2.CollectiveRequest.FromString,
+                    response_serializer=dsml__gpu_dot_wire_dot_gpu__sim__pb2.CollectiveResponse.SerializeToString,
+            ),
+            'GetCostModel': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetCostModel,
+                    request_deserializer=dsml__gpu_dot_wire_dot_gpu__sim__pb2.GetCostModelRequest.FromString,
+                    response_serializer=dsml__gpu_dot_wire_dot_gpu__sim__pb2.GetCostModelResponse.SerializeToString,
+            ),
+            'SetCostModel': grpc.unary_unary_rpc_method_handler(
+                    servicer.SetCostModel,
+                    request_deserializer=dsml__gpu_dot_wire_dot_gpu__sim__pb2.SetCostModelRequest.FromString,
+                    response_serializer=dsml__gpu_dot_wire_dot_gpu__sim__pb2.SetCostModelResponse.SerializeToString,
             ),
             'CommFinalize': grpc.unary_unary_rpc_method_handler(
                     servicer.CommFinalize,
@@ -858,6 +913,57 @@ class GPUCoordinator(object):
         return grpc.experimental.unary_unary(request, target, '/gpu_sim.GPUCoordinator/Memcpy',
             dsml__gpu_dot_wire_dot_gpu__sim__pb2.MemcpyRequest.SerializeToString,
             dsml__gpu_dot_wire_dot_gpu__sim__pb2.MemcpyResponse.FromString,
+            options, channel_credentials,
+            insecure, call_credentials, compression, wait_for_ready, timeout, metadata)
+
+    @staticmethod
+    def Collective(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(request, target, '/gpu_sim.GPUCoordinator/Collective',
+            dsml__gpu_dot_wire_dot_gpu__sim__pb2.CollectiveRequest.SerializeToString,
+            dsml__gpu_dot_wire_dot_gpu__sim__pb2.CollectiveResponse.FromString,
+            options, channel_credentials,
+            insecure, call_credentials, compression, wait_for_ready, timeout, metadata)
+
+    @staticmethod
+    def GetCostModel(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(request, target, '/gpu_sim.GPUCoordinator/GetCostModel',
+            dsml__gpu_dot_wire_dot_gpu__sim__pb2.GetCostModelRequest.SerializeToString,
+            dsml__gpu_dot_wire_dot_gpu__sim__pb2.GetCostModelResponse.FromString,
+            options, channel_credentials,
+            insecure, call_credentials, compression, wait_for_ready, timeout, metadata)
+
+    @staticmethod
+    def SetCostModel(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(request, target, '/gpu_sim.GPUCoordinator/SetCostModel',
+            dsml__gpu_dot_wire_dot_gpu__sim__pb2.SetCostModelRequest.SerializeToString,
+            dsml__gpu_dot_wire_dot_gpu__sim__pb2.SetCostModelResponse.FromString,
             options, channel_credentials,
             insecure, call_credentials, compression, wait_for_ready, timeout, metadata)
 

@@ -410,6 +410,30 @@ class GPUCoordinatorStub:
     message over the server's limit: use the streaming copies).
     """
 
+    Collective: grpc.UnaryUnaryMultiCallable[
+        dsml_gpu.wire.gpu_sim_pb2.CollectiveRequest,
+        dsml_gpu.wire.gpu_sim_pb2.CollectiveResponse,
+    ]
+    """Any collective by any algorithm, in place or out of place; AllReduceRing and NaiveAllReduce are short for two of them.
+    Returns when every rank is done, or once queued in an open group. Errors: NOT_FOUND (comm), INVALID_ARGUMENT (unknown
+    kind, algorithm, dtype or op, a schedule that is not proved, counts, buffers or weights that do not fit the collective,
+    buffers that overlap otherwise than in place), OUT_OF_RANGE, UNAVAILABLE (a device is gone), DEADLINE_EXCEEDED.
+    """
+
+    GetCostModel: grpc.UnaryUnaryMultiCallable[
+        dsml_gpu.wire.gpu_sim_pb2.GetCostModelRequest,
+        dsml_gpu.wire.gpu_sim_pb2.GetCostModelResponse,
+    ]
+    """The cost model by which the coordinator chooses algorithms. Errors: none."""
+
+    SetCostModel: grpc.UnaryUnaryMultiCallable[
+        dsml_gpu.wire.gpu_sim_pb2.SetCostModelRequest,
+        dsml_gpu.wire.gpu_sim_pb2.SetCostModelResponse,
+    ]
+    """Replaces it from now on, and in the file that the coordinator was started with (--cost-model), where there is one.
+    Errors: INVALID_ARGUMENT (not a cost model), INTERNAL (the file cannot be written; the model is in use all the same).
+    """
+
     CommFinalize: grpc.UnaryUnaryMultiCallable[
         dsml_gpu.wire.gpu_sim_pb2.CommFinalizeRequest,
         dsml_gpu.wire.gpu_sim_pb2.CommFinalizeResponse,
@@ -515,6 +539,30 @@ class GPUCoordinatorAsyncStub:
     """Copies between host and device memory, ordered after every collective issued earlier on that device.
     Errors: NOT_FOUND (device), INVALID_ARGUMENT (empty oneof, a missing field), OUT_OF_RANGE, RESOURCE_EXHAUSTED (a
     message over the server's limit: use the streaming copies).
+    """
+
+    Collective: grpc.aio.UnaryUnaryMultiCallable[
+        dsml_gpu.wire.gpu_sim_pb2.CollectiveRequest,
+        dsml_gpu.wire.gpu_sim_pb2.CollectiveResponse,
+    ]
+    """Any collective by any algorithm, in place or out of place; AllReduceRing and NaiveAllReduce are short for two of them.
+    Returns when every rank is done, or once queued in an open group. Errors: NOT_FOUND (comm), INVALID_ARGUMENT (unknown
+    kind, algorithm, dtype or op, a schedule that is not proved, counts, buffers or weights that do not fit the collective,
+    buffers that overlap otherwise than in place), OUT_OF_RANGE, UNAVAILABLE (a device is gone), DEADLINE_EXCEEDED.
+    """
+
+    GetCostModel: grpc.aio.UnaryUnaryMultiCallable[
+        dsml_gpu.wire.gpu_sim_pb2.GetCostModelRequest,
+        dsml_gpu.wire.gpu_sim_pb2.GetCostModelResponse,
+    ]
+    """The cost model by which the coordinator chooses algorithms. Errors: none."""
+
+    SetCostModel: grpc.aio.UnaryUnaryMultiCallable[
+        dsml_gpu.wire.gpu_sim_pb2.SetCostModelRequest,
+        dsml_gpu.wire.gpu_sim_pb2.SetCostModelResponse,
+    ]
+    """Replaces it from now on, and in the file that the coordinator was started with (--cost-model), where there is one.
+    Errors: INVALID_ARGUMENT (not a cost model), INTERNAL (the file cannot be written; the model is in use all the same).
     """
 
     CommFinalize: grpc.aio.UnaryUnaryMultiCallable[
@@ -636,6 +684,36 @@ class GPUCoordinatorServicer(metaclass=abc.ABCMeta):
         """Copies between host and device memory, ordered after every collective issued earlier on that device.
         Errors: NOT_FOUND (device), INVALID_ARGUMENT (empty oneof, a missing field), OUT_OF_RANGE, RESOURCE_EXHAUSTED (a
         message over the server's limit: use the streaming copies).
+        """
+
+    @abc.abstractmethod
+    def Collective(
+        self,
+        request: dsml_gpu.wire.gpu_sim_pb2.CollectiveRequest,
+        context: _ServicerContext,
+    ) -> typing.Union[dsml_gpu.wire.gpu_sim_pb2.CollectiveResponse, collections.abc.Awaitable[dsml_gpu.wire.gpu_sim_pb2.CollectiveResponse]]:
+        """Any collective by any algorithm, in place or out of place; AllReduceRing and NaiveAllReduce are short for two of them.
+        Returns when every rank is done, or once queued in an open group. Errors: NOT_FOUND (comm), INVALID_ARGUMENT (unknown
+        kind, algorithm, dtype or op, a schedule that is not proved, counts, buffers or weights that do not fit the collective,
+        buffers that overlap otherwise than in place), OUT_OF_RANGE, UNAVAILABLE (a device is gone), DEADLINE_EXCEEDED.
+        """
+
+    @abc.abstractmethod
+    def GetCostModel(
+        self,
+        request: dsml_gpu.wire.gpu_sim_pb2.GetCostModelRequest,
+        context: _ServicerContext,
+    ) -> typing.Union[dsml_gpu.wire.gpu_sim_pb2.GetCostModelResponse, collections.abc.Awaitable[dsml_gpu.wire.gpu_sim_pb2.GetCostModelResponse]]:
+        """The cost model by which the coordinator chooses algorithms. Errors: none."""
+
+    @abc.abstractmethod
+    def SetCostModel(
+        self,
+        request: dsml_gpu.wire.gpu_sim_pb2.SetCostModelRequest,
+        context: _ServicerContext,
+    ) -> typing.Union[dsml_gpu.wire.gpu_sim_pb2.SetCostModelResponse, collections.abc.Awaitable[dsml_gpu.wire.gpu_sim_pb2.SetCostModelResponse]]:
+        """Replaces it from now on, and in the file that the coordinator was started with (--cost-model), where there is one.
+        Errors: INVALID_ARGUMENT (not a cost model), INTERNAL (the file cannot be written; the model is in use all the same).
         """
 
     @abc.abstractmethod

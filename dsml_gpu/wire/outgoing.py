@@ -29,8 +29,8 @@ class OutgoingStream:
     def __init__(self, call: Any) -> None:
         self._call = call
 
-    async def write(self, chunk: Chunk) -> None:
-        """Sends one message; its bytes are copied before this returns."""
+    async def write(self, chunk: Chunk | bytes) -> None:
+        """Sends one message, or the wire bytes of one (`codec.encode_chunk`); they are copied before this returns."""
         await self._guard(self._call.write(chunk))
 
     async def end(self) -> None:

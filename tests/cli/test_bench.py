@@ -223,7 +223,7 @@ def test_device_servers_of_its_own() -> None:
         (["--sizes", "many"], "'many' is not a size"),
         (["--sizes", "8KB,"], "'' is not a size"),
         (["--sizes", "4"], "4 bytes hold no float64, which takes 8"),
-        (["--algorithms", "ring,tree"], "unknown algorithm 'tree'; known: ring, naive"),
+        (["--algorithms", "ring,tree"], "unknown algorithm 'tree' of all_reduce; known: ring, "),
         (["--dtype", "float128"], "unknown data type 'float128'"),
         (["--op", "mean"], "unknown op 'mean'"),
         (["--transport", "carrier-pigeon"], "unknown transport 'carrier-pigeon'"),

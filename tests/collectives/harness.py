@@ -9,16 +9,21 @@ from contextlib import asynccontextmanager
 
 import numpy as np
 
-from dsml_gpu.coordinator.plan import Collective, execute_requests, peers_of
+from dsml_gpu.client.collectives import wire_schedule
+from dsml_gpu.coordinator.call import call_of
+from dsml_gpu.coordinator.plan import execute_requests, key_of, peers_of, plan_of
 from dsml_gpu.device.device import Device
 from dsml_gpu.device.service import DeviceService, TransferSettings
 from dsml_gpu.memory.arena import Arena
 from dsml_gpu.memory.backend import NUMPY, Backend
 from dsml_gpu.reduction import wire_dtype
+from dsml_gpu.schedules import Schedule
+from dsml_gpu.transport.emulation import LinkSettings
 from dsml_gpu.wire import gpu_sim_pb2 as pb
 from dsml_gpu.wire.server import RpcServer
 
 COMM = 1
+UNLIMITED = LinkSettings()
 
 
 class Ranks:
@@ -42,20 +47,54 @@ class Ranks:
                 pb.JoinCommRequest(commId=COMM, rank=rank, peers=peers, deviceId=device.device_id), None
             )
 
-    async def all_reduce(self, inputs: Sequence[np.ndarray], op: str, algorithm: str, addr: int = 64) -> list[np.ndarray]:
+    async def all_reduce(
+        self, inputs: Sequence[np.ndarray], op: str, algorithm: str | Schedule, addr: int = 64
+    ) -> list[np.ndarray]:
         """The buffers of all ranks afterwards."""
-        dtype, count = inputs[0].dtype, inputs[0].nbytes
+        dtype = inputs[0].dtype
         for device, values in zip(self.devices, inputs, strict=True):
             await write(device.arena, addr, values)
-        collective = Collective(
-            "all_reduce", algorithm, (addr,) * len(inputs), count, wire_dtype(dtype), pb.ReduceOp.Value(op)
-        )
-        await self.run([collective])
+        await self.run([all_reduce_request((addr,) * len(inputs), inputs[0].nbytes, dtype, op, algorithm)])
         return [await read(device.arena, addr, dtype, inputs[0].size) for device in self.devices]
 
-    async def run(self, collectives: Sequence[Collective]) -> None:
-        requests = execute_requests(COMM, [device.device_id for device in self.devices], collectives)
-        await asyncio.gather(*(self.service.Execute(request, None) for request in requests))
+    async def run(self, requests: Sequence[pb.CollectiveRequest], hosts: Sequence[int] = ()) -> None:
+        """Runs collectives as one group, as a coordinator would.
+
+        Args:
+            hosts: the host of each rank; none: all on one.
+        """
+        execute = self.execute_requests(requests, hosts)
+        await asyncio.gather(*(self.service.Execute(request, None) for request in execute))
+
+    def execute_requests(
+        self, requests: Sequence[pb.CollectiveRequest], hosts: Sequence[int] = ()
+    ) -> list[pb.ExecuteRequest]:
+        """What a coordinator would tell each rank."""
+        nranks = len(self.devices)
+        calls = [call_of(request, nranks) for request in requests]
+        plans = [plan_of(key_of(call, call.algorithm, tuple(hosts) or (0,) * nranks)) for call in calls]
+        return execute_requests(COMM, [device.device_id for device in self.devices], list(zip(calls, plans, strict=True)))
+
+
+def all_reduce_request(
+    addrs: Sequence[int], count: int, dtype: np.dtype, op: str = "SUM", algorithm: str | Schedule = "ring"
+) -> pb.CollectiveRequest:
+    """An all-reduce in place.
+
+    Args:
+        addrs: of each rank.
+        count: bytes.
+        algorithm: its name, or a schedule.
+    """
+    return pb.CollectiveRequest(
+        kind=pb.CollectiveRequest.ALL_REDUCE,
+        counts=[count],
+        dtype=pb.DataType.Name(wire_dtype(dtype)),
+        op=op,
+        buffers=[pb.RankBuffers(sendAddr=addr, recvAddr=addr) for addr in addrs],
+        algorithm=algorithm if isinstance(algorithm, str) else algorithm.algorithm,
+        schedule=None if isinstance(algorithm, str) else wire_schedule(algorithm),
+    )
 
 
 @asynccontextmanager
@@ -66,11 +105,12 @@ async def ranks(
     stall_timeout_s: float = 10.0,
     backends: Sequence[Backend] = (NUMPY,),
     memory_bytes: int = 64 << 20,
+    link: LinkSettings = UNLIMITED,
 ) -> AsyncIterator[Ranks]:
     """Devices whose chunks are cut finely, so that small buffers have many slices; they take the backends in turn."""
     server = RpcServer("127.0.0.1", 0)
     server.bind()
-    service = DeviceService(server.address, TransferSettings(slice_bytes, stall_timeout_s))
+    service = DeviceService(server.address, TransferSettings(slice_bytes, stall_timeout_s, link))
     await server.start({"GPUDevice": service}, 60.0)
     world = Ranks(service, nranks, transport, backends, memory_bytes)
     await world.join()

@@ -13,6 +13,9 @@ NOBODY = 987_654_321
 #: Unlike the embedded devices', so that an address below the first one can be asked for.
 MIN_ADDR = 1 << 16
 TWO_64 = 1 << 64
+#: A program that has one block and does nothing with it, and a block that it could have.
+ONE_BLOCK = pb.Program(parts=1, nblocks=1)
+ONE_ELEMENT = pb.Block(count=8, sendAddr=MIN_ADDR, recvAddr=MIN_ADDR)
 
 
 @dataclass(frozen=True)
@@ -306,7 +309,7 @@ _INVALID = [
     on_device(
         "Execute",
         "unknown program",
-        lambda world: pb.ExecuteRequest(operations=[pb.Operation(memAddr=MIN_ADDR, count=8, program=3)]),
+        lambda world: pb.ExecuteRequest(operations=[pb.Operation(program=3)]),
         "INVALID_ARGUMENT",
         "INVALID_VALUE",
         3,
@@ -314,17 +317,64 @@ _INVALID = [
     ),
     on_device(
         "Execute",
-        "program without chunks",
-        lambda world: pb.ExecuteRequest(programs=[pb.Program()]),
+        "program without parts",
+        lambda world: pb.ExecuteRequest(programs=[pb.Program(nblocks=1)]),
         "INVALID_ARGUMENT",
         "INVALID_VALUE",
-        0,
+        "1 part",
+    ),
+    on_device(
+        "Execute",
+        "program of too many chunks",
+        lambda world: pb.ExecuteRequest(programs=[pb.Program(parts=2**16 + 1, nblocks=2)]),
+        "INVALID_ARGUMENT",
+        "INVALID_VALUE",
+        2**17 + 2,
+        2**17,
+    ),
+    on_device(
+        "Execute",
+        "operations of too many chunks",
+        lambda world: pb.ExecuteRequest(
+            programs=[pb.Program(parts=2**16, nblocks=1)], operations=[pb.Operation(blocks=[ONE_ELEMENT])] * 3
+        ),
+        "INVALID_ARGUMENT",
+        "INVALID_VALUE",
+        3 * 2**16,
+        2**17,
+    ),
+    on_device(
+        "Execute",
+        "block of too many slices",
+        lambda world: pb.ExecuteRequest(
+            programs=[ONE_BLOCK],
+            operations=[pb.Operation(blocks=[pb.Block(count=(2**20 + 1) * 4096)])],
+            sliceBytes=4096,
+        ),
+        "INVALID_ARGUMENT",
+        "INVALID_VALUE",
+        (2**20 + 1) * 4096,
+        f"{2**20} slices",
+    ),
+    *(
+        on_device(
+            "Execute",
+            f"{nblocks} blocks for a program of 2",
+            lambda world, nblocks=nblocks: pb.ExecuteRequest(
+                programs=[pb.Program(parts=1, nblocks=2)], operations=[pb.Operation(blocks=[ONE_ELEMENT] * nblocks)]
+            ),
+            "INVALID_ARGUMENT",
+            "INVALID_VALUE",
+            "2 blocks",
+            nblocks,
+        )
+        for nblocks in (0, 1, 3)
     ),
     on_device(
         "Execute",
         "move of no chunk",
         lambda world: pb.ExecuteRequest(
-            programs=[pb.Program(nchunks=2, steps=[pb.Step(moves=[pb.Move(kind=pb.Move.SEND, peer=1, chunk=2)])])]
+            programs=[pb.Program(parts=2, nblocks=1, steps=[pb.Step(moves=[pb.Move(kind=pb.Move.SEND, peer=1, chunk=2)])])]
         ),
         "INVALID_ARGUMENT",
         "INVALID_VALUE",
@@ -334,7 +384,7 @@ _INVALID = [
         "Execute",
         "move of unknown kind",
         lambda world: pb.ExecuteRequest(
-            programs=[pb.Program(nchunks=1, steps=[pb.Step(moves=[pb.Move(kind=9, peer=1)])])]  # type: ignore[arg-type]
+            programs=[pb.Program(parts=1, nblocks=1, steps=[pb.Step(moves=[pb.Move(kind=9, peer=1)])])]  # type: ignore[arg-type]
         ),
         "INVALID_ARGUMENT",
         "INVALID_VALUE",
@@ -344,7 +394,7 @@ _INVALID = [
         "Execute",
         "move without link",
         lambda world: pb.ExecuteRequest(
-            programs=[pb.Program(nchunks=1, steps=[pb.Step(moves=[pb.Move(kind=pb.Move.SEND, peer=1)])])]
+            programs=[pb.Program(parts=1, nblocks=1, steps=[pb.Step(moves=[pb.Move(kind=pb.Move.SEND, peer=1)])])]
         ),
         "INVALID_ARGUMENT",
         "INVALID_VALUE",
@@ -362,7 +412,7 @@ _INVALID = [
         "Execute",
         "count",
         lambda world: pb.ExecuteRequest(
-            programs=[pb.Program(nchunks=1)], operations=[pb.Operation(memAddr=MIN_ADDR, count=9)]
+            programs=[pb.Program(parts=1, nblocks=2)], operations=[pb.Operation(blocks=[ONE_ELEMENT, pb.Block(count=9)])]
         ),
         "INVALID_ARGUMENT",
         "COUNT_NOT_MULTIPLE",
@@ -373,8 +423,8 @@ _INVALID = [
         "Execute",
         "unknown op",
         lambda world: pb.ExecuteRequest(
-            programs=[pb.Program(nchunks=1)],
-            operations=[pb.Operation(memAddr=MIN_ADDR, count=8, op=17)],  # type: ignore[arg-type]
+            programs=[ONE_BLOCK],
+            operations=[pb.Operation(blocks=[ONE_ELEMENT], op=17)],  # type: ignore[arg-type]
         ),
         "INVALID_ARGUMENT",
         "INVALID_VALUE",
@@ -385,13 +435,24 @@ _INVALID = [
         "Execute",
         "unknown dtype",
         lambda world: pb.ExecuteRequest(
-            programs=[pb.Program(nchunks=1)],
-            operations=[pb.Operation(memAddr=MIN_ADDR, count=8, dtype=99)],  # type: ignore[arg-type]
+            programs=[ONE_BLOCK],
+            operations=[pb.Operation(blocks=[ONE_ELEMENT], dtype=99)],  # type: ignore[arg-type]
         ),
         "INVALID_ARGUMENT",
         "INVALID_VALUE",
         99,
         "FLOAT64",
+    ),
+    on_device(
+        "Execute",
+        "half as a weight of integers",
+        lambda world: pb.ExecuteRequest(
+            programs=[ONE_BLOCK], operations=[pb.Operation(blocks=[ONE_ELEMENT], dtype=pb.INT32, weight=0.5)]
+        ),
+        "INVALID_ARGUMENT",
+        "INVALID_VALUE",
+        "int32",
+        0.5,
     ),
 ]
 
@@ -539,7 +600,7 @@ _MISSING = [
 # ---- outside the arena -----------------------------------------------------------------------------------------------
 
 
-def _ranges(low: int, high: int) -> dict[str, tuple[int, int]]:
+def ranges(low: int, high: int) -> dict[str, tuple[int, int]]:
     """(address, size) that leave [low, high)."""
     ranges = {
         "begins behind the end": (high, 8),
@@ -562,7 +623,7 @@ def _range_words(at: int, nbytes: int, low: int, high: int) -> tuple[object, ...
 
 
 def _out_of_range_on_coordinator() -> Iterator[Case]:
-    for what, (at, nbytes) in _ranges(0, 16 * MIB).items():
+    for what, (at, nbytes) in ranges(0, 16 * MIB).items():
         words = _range_words(at, nbytes, 0, 16 * MIB)
 
         def case(method: str, request: Callable[[World], Any], note: str = "", what=what, words=words) -> Case:
@@ -620,7 +681,7 @@ def _out_of_range_on_coordinator() -> Iterator[Case]:
 
 def _out_of_range_on_device() -> Iterator[Case]:
     low, high = MIN_ADDR, MIN_ADDR + 16 * MIB
-    for what, (at, nbytes) in _ranges(low, high).items():
+    for what, (at, nbytes) in ranges(low, high).items():
         words = _range_words(at, nbytes, low, high)
         requests: dict[str, Callable[[World], Any]] = {
             "BeginSend": lambda world, at=at, nbytes=nbytes: pb.BeginSendRequest(
@@ -633,13 +694,24 @@ def _out_of_range_on_device() -> Iterator[Case]:
                 memAddr=addr(at), numBytes=nbytes
             ),
             "StreamHostToDevice": lambda world, at=at, nbytes=nbytes: [pb.DataChunk(memAddr=addr(at), numBytes=nbytes)],
-            "Execute": lambda world, at=at, nbytes=nbytes: pb.ExecuteRequest(
-                programs=[pb.Program(nchunks=1)],
-                operations=[pb.Operation(memAddr=at, count=nbytes, dtype=pb.UINT8)],
-            ),
         }
         for method, request in requests.items():
             yield on_device(method, what, request, "OUT_OF_RANGE", "ADDRESS_OUT_OF_RANGE", *words)
+        for field in ("sendAddr", "recvAddr"):
+            # The other address, and the other block, are in order.
+            block = pb.Block(**{"count": nbytes, "sendAddr": low, "recvAddr": low, field: at})
+            yield on_device(
+                "Execute",
+                f"{what}, {field}",
+                lambda world, block=block: pb.ExecuteRequest(
+                    programs=[pb.Program(parts=1, nblocks=2)],
+                    operations=[pb.Operation(dtype=pb.UINT8, blocks=[ONE_ELEMENT, block])],
+                ),
+                "OUT_OF_RANGE",
+                "ADDRESS_OUT_OF_RANGE",
+                nbytes,
+                hex(high),
+            )
 
 
 _OUT_OF_RANGE = [*_out_of_range_on_coordinator(), *_out_of_range_on_device()]

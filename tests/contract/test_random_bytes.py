@@ -20,8 +20,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from dsml_gpu.cli.fleet import Fleet, ServerProcess
+from dsml_gpu.client.collectives import wire_schedule
+from dsml_gpu.schedules import algorithms_of, find_algorithm
+from dsml_gpu.schedules.cost_model import DEFAULT_COST_MODEL, LINKS_ONLY
 from dsml_gpu.wire import gpu_sim_pb2 as pb
-from tests.support.rpc import CALL_TIMEOUT_S, Rpc, all_reduce_on, all_reduce_works, refusal_of, rpc_to
+from tests.support.rpc import CALL_TIMEOUT_S, MIB, Rpc, all_reduce_on, all_reduce_works, refusal_of, rpc_to
 
 EXAMPLES = 15
 #: What a server may answer to a random request. DEADLINE_EXCEEDED only where the server says it, with its refusal.
@@ -76,7 +79,16 @@ def world() -> Iterator[World]:
         assert all(server.process.poll() is None for server in (alone, fleet.coordinator, *fleet.devices))
 
 
+COLLECTIVE = pb.DESCRIPTOR.services_by_name["GPUCoordinator"].methods_by_name["Collective"]
 METHODS = [method for name in ("GPUCoordinator", "GPUDevice") for method in pb.DESCRIPTOR.services_by_name[name].methods]
+_ALGORITHMS = ["", "auto", "ring", "direct", "binomial_tree", "dissemination", "star"]
+#: What strings are filled with.
+STRINGS = {
+    "gpu_sim.Peer.address": ["", "127.0.0.1:1", "[::1]:1", ":", "127.0.0.1:99999", "unix:/"],
+    "gpu_sim.CollectiveRequest.algorithm": _ALGORITHMS,
+    "gpu_sim.Schedule.algorithm": _ALGORITHMS,
+    "gpu_sim.SetCostModelRequest.json": ["", "{}", "[" * 9999, DEFAULT_COST_MODEL.to_json(), LINKS_ONLY.to_json()],
+}
 _EDGES = sorted(
     {
         number
@@ -98,10 +110,12 @@ def value_of(field: Any, known: list[int], depth: int) -> st.SearchStrategy[Any]
     if field.type == FieldDescriptor.TYPE_ENUM:
         # Open enums: any number comes through, known or not.
         return st.sampled_from([value.number for value in field.enum_type.values]) | st.sampled_from([-1, 17, 2**31 - 1])
+    if field.type == FieldDescriptor.TYPE_STRING:
+        return st.sampled_from(STRINGS[field.full_name])
     strategies: dict[int, st.SearchStrategy[Any]] = {
         FieldDescriptor.TYPE_BOOL: st.booleans(),
         FieldDescriptor.TYPE_BYTES: st.binary(max_size=64),
-        FieldDescriptor.TYPE_STRING: st.sampled_from(["", "127.0.0.1:1", "[::1]:1", ":", "127.0.0.1:99999", "unix:/"]),
+        FieldDescriptor.TYPE_DOUBLE: st.floats() | st.sampled_from([0.0, 1.0, 2.0]),
         FieldDescriptor.TYPE_UINT32: number(32, known),
         FieldDescriptor.TYPE_UINT64: number(64, known),
     }
@@ -124,7 +138,9 @@ def message_of(draw: st.DrawFn, descriptor: Any, known: list[int], depth: int = 
             for key in keys:
                 getattr(message, field.name)[key].CopyFrom(draw(value_of(entries["value"], known, depth)))
         elif field.is_repeated:
-            values = draw(st.lists(value_of(field, known, depth), max_size=3))
+            # 4: as many as the kept communicator has ranks.
+            one = value_of(field, known, depth)
+            values = draw(st.lists(one, max_size=3) | st.lists(one, min_size=4, max_size=4))
             getattr(message, field.name).extend(values)
         elif field.type == FieldDescriptor.TYPE_MESSAGE:
             getattr(message, field.name).CopyFrom(draw(value_of(field, known, depth)))
@@ -204,6 +220,56 @@ def test_random_bytes(world: World, method: MethodDescriptor, data: st.DataObjec
 def test_random_messages(world: World, method: MethodDescriptor, data: st.DataObject):
     one = message_of(method.input_type, world.known).map(lambda message: bytes(message.SerializeToString()))
     send_and_clean_up(world, method, data.draw(requests_of(method, one)))
+
+
+@st.composite
+def collective_of(draw: st.DrawFn, comm_id: int) -> pb.CollectiveRequest:
+    """A collective of four ranks, most of which is right: what is wrong is seen only behind many checks, or by nobody."""
+    kind = draw(st.sampled_from([name for name, number in pb.CollectiveRequest.Kind.items() if number]))
+    places = st.sampled_from([(0, MIB), (4096, 2 * MIB), (MIB + 8, MIB + 8)])
+    if draw(st.integers(0, 3)) == 0:
+        addr = st.sampled_from([0, 8, 4096, MIB, 4 * MIB - 64, 4 * MIB, 2**64 - 8])
+        places = st.tuples(addr, addr)
+    request = pb.CollectiveRequest(
+        commId=comm_id,
+        kind=kind,
+        dtype=draw(st.sampled_from(pb.DataType.keys())),
+        op=draw(st.sampled_from(pb.ReduceOp.keys())),
+        algorithm=draw(st.sampled_from(["", *algorithms_of(kind.lower())])),
+    )
+    if draw(st.integers(0, 5)) == 0:
+        request.weights.extend(draw(st.lists(st.sampled_from([0.0, 0.5, 2.0, float("nan")]), min_size=4, max_size=4)))
+    if kind in ("REDUCE", "BROADCAST", "GATHER", "SCATTER"):
+        request.root = draw(st.sampled_from([0, 1, 2, 3, 3, 4]))
+    if kind == "SEND_RECV":
+        rank, count = st.sampled_from([0, 1, 2, 3, 3, 4]), st.sampled_from([0, 8, 64, MIB])
+        for src, dst, nbytes, (send_addr, recv_addr) in draw(st.lists(st.tuples(rank, rank, count, places), max_size=3)):
+            request.sendRecvs.add(src=src, dst=dst, count=nbytes, sendAddr=send_addr, recvAddr=recv_addr)
+    elif kind != "BARRIER":
+        nblocks = {"ALL_TO_ALL": 16, "ALL_REDUCE": 1, "REDUCE": 1, "BROADCAST": 1}.get(kind, 4)
+        number = draw(st.sampled_from([1, nblocks]))
+        request.counts.extend(draw(st.lists(st.sampled_from([0, 8, 64, 4096]), min_size=number, max_size=number)))
+        for send_addr, recv_addr in draw(st.lists(places, min_size=4, max_size=4)):
+            request.buffers.add(sendAddr=send_addr, recvAddr=recv_addr)
+    if draw(st.booleans()):
+        schedule = find_algorithm(kind.lower(), draw(st.sampled_from([*algorithms_of(kind.lower())]))).schedule(
+            4, root=request.root % 4, pairs=tuple((entry.src % 4, entry.dst % 4) for entry in request.sendRecvs)
+        )
+        request.algorithm = ""
+        request.schedule.CopyFrom(wire_schedule(schedule))
+        for step in request.schedule.steps:
+            if step.transfers and draw(st.integers(0, 4)) == 0:
+                transfer = step.transfers[draw(st.integers(0, len(step.transfers) - 1))]
+                transfer.dst = draw(st.integers(0, 4))
+                transfer.chunk = draw(st.integers(0, 4))
+    return request
+
+
+@given(data=st.data())
+@settings(BUDGET, max_examples=150)
+def test_random_collectives(world: World, data: st.DataObject):
+    request = data.draw(collective_of(world.kept.commId))
+    send(world.rpcs[0], COLLECTIVE, [request.SerializeToString()])
 
 
 def test_the_servers_work_on(world: World):

@@ -1,20 +1,42 @@
 """Every refusal of the contract, over a real connection to a real process.
 
-Each row of `CASES` is one request that must be refused: with a code, with a name in the trailing metadata
+Each row of `ROWS` is one request that must be refused: with a code, with a name in the trailing metadata
 "dsml-refusal", and with a message that names what was expected and what came. After each of them the servers are asked
 for their health and for an all-reduce.
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
+from contextlib import ExitStack
 from typing import Any
 
+import grpc
 import pytest
 
 from dsml_gpu.cli.fleet import Fleet, ServerProcess
 from dsml_gpu.wire import gpu_sim_pb2 as pb
-from tests.contract.refusal_cases import CASES, MIN_ADDR, Case, World, addr
+from tests.contract.collective_refusals import (
+    COLLECTIVE_CASES,
+    END,
+    FROM_ZERO,
+    KINDS,
+    NEEDS,
+    NRANKS,
+    REDUCING,
+    ROOT,
+    ROOTED,
+    TO_ZERO,
+    UNPROVED,
+    buffers,
+    collective,
+    in_place,
+    own_schedule,
+    send_recv,
+)
+from tests.contract.refusal_cases import CASES, MIN_ADDR, TWO_64, Case, World, addr
+from tests.support.faults import frozen
 from tests.support.rpc import (
     CALL_TIMEOUT_S,
     MIB,
@@ -24,9 +46,12 @@ from tests.support.rpc import (
     assert_refused,
     failure_of,
     naive,
+    refusal_of,
     ring,
     rpc_to,
 )
+
+ROWS = [*CASES, *COLLECTIVE_CASES]
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +76,7 @@ def world(servers: World) -> Iterator[World]:
     servers.serves_on()
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("case", ROWS, ids=str)
 def test_refusal(world: World, case: Case):
     stub = world.coordinator.coordinator if case.service == "GPUCoordinator" else world.device.device
     request = case.request(world)
@@ -76,7 +101,7 @@ def test_the_table_has_an_unknown_id_for_every_rpc_that_takes_one(service: str):
     }  # a commId, that is
     refused = {
         (case.method, case.refusal)
-        for case in CASES
+        for case in ROWS
         if case.service == service and case.code in ("NOT_FOUND", "FAILED_PRECONDITION")
     }
     for method in pb.DESCRIPTOR.services_by_name[service].methods:
@@ -134,9 +159,20 @@ def test_a_refused_operation_is_not_queued_in_the_group(world: World):
         "OUT_OF_RANGE",
         "ADDRESS_OUT_OF_RANGE",
     )
+    for wrong, refusal in (
+        ({"algorithm": "star"}, "INVALID_VALUE"),
+        ({"schedule": own_schedule(TO_ZERO)}, "INVALID_SCHEDULE"),
+        ({"buffers": buffers("ALL_REDUCE", {3: {"recvAddr": 4}})}, "BUFFER_OVERLAP"),
+    ):
+        assert_refused(
+            lambda wrong=wrong: rpc.coordinator.Collective(collective(world, "ALL_REDUCE", **wrong), timeout=CALL_TIMEOUT_S),
+            "INVALID_ARGUMENT",
+            refusal,
+        )
     response = rpc.coordinator.GroupEnd(pb.GroupEndRequest(commId=comm_id), timeout=CALL_TIMEOUT_S)
     assert response.success
     assert response.result.bytesSent == 0
+    assert not response.result.operations
 
 
 def test_a_finalized_communicator_takes_no_operations(world: World):
@@ -148,6 +184,9 @@ def test_a_finalized_communicator_takes_no_operations(world: World):
         for call in (
             lambda: rpc.coordinator.AllReduceRing(ring(comm, 8), timeout=CALL_TIMEOUT_S),
             lambda: rpc.coordinator.NaiveAllReduce(naive(comm, 8), timeout=CALL_TIMEOUT_S),
+            lambda: rpc.coordinator.Collective(
+                pb.CollectiveRequest(commId=comm.commId, kind=pb.CollectiveRequest.BARRIER), timeout=CALL_TIMEOUT_S
+            ),
             lambda: rpc.coordinator.GroupStart(pb.GroupStartRequest(commId=comm.commId), timeout=CALL_TIMEOUT_S),
         ):
             assert_refused(call, "FAILED_PRECONDITION", "COMM_NOT_READY", [comm.commId, "finalized"])
@@ -199,6 +238,9 @@ def test_data_without_a_stream_id_is_refused_where_two_receives_wait(world: Worl
 def test_bytes_that_are_no_message_are_refused(world: World):
     for rpc, path, name in (
         (world.coordinator, "/gpu_sim.GPUCoordinator/CommInit", "CommInitRequest"),
+        (world.coordinator, "/gpu_sim.GPUCoordinator/Collective", "CollectiveRequest"),
+        (world.coordinator, "/gpu_sim.GPUCoordinator/GetCostModel", "GetCostModelRequest"),
+        (world.coordinator, "/gpu_sim.GPUCoordinator/SetCostModel", "SetCostModelRequest"),
         (world.device, "/gpu_sim.GPUDevice/BeginSend", "BeginSendRequest"),
     ):
         call = rpc.channel.unary_unary(path)
@@ -227,6 +269,204 @@ def test_peer_to_peer_cannot_be_forced_between_processes(world: World):
     # A communicator that could not be made holds no devices.
     listed = world.fleet.coordinator.ListDevices(pb.ListDevicesRequest(), timeout=CALL_TIMEOUT_S).devices
     assert [list(status.commIds) for status in listed] == [[world.fleet_comm.commId]] * 2
+
+
+# ---- collectives -----------------------------------------------------------------------------------------------------
+
+
+def allowed() -> Iterator[tuple[str, str, dict[str, Any]]]:
+    """Requests that are as near to a refusal as the rules allow: (collective, what is special, fields)."""
+    at, block = 4096, 16
+    for kind, needs in NEEDS.items():
+        where = in_place(kind, at, block)
+        yield kind, "in place", {"counts": [block], "buffers": buffers(kind, where)}
+        rank, addrs = where.popitem()
+        yield kind, "in place on one rank", {"counts": [block], "buffers": buffers(kind, {rank: addrs})}
+        # Of an all-to-all a rank has a buffer as large as all of another collective's.
+        end = at + block * min(needs.nblocks, NRANKS)
+        wild = [
+            pb.RankBuffers(
+                sendAddr=at if addrs.HasField("sendAddr") else TWO_64 - 1,
+                recvAddr=end if addrs.HasField("recvAddr") else TWO_64 - 1,
+            )
+            for addrs in buffers(kind)
+        ]
+        yield kind, "side by side, anything where no address is used", {"counts": [block], "buffers": wild}
+        yield kind, "nothing at one address", {"counts": [0], "buffers": [pb.RankBuffers(sendAddr=8, recvAddr=8)] * 4}
+        yield kind, "nothing at the end", {"counts": [0], "buffers": [pb.RankBuffers(sendAddr=END, recvAddr=END)] * 4}
+        yield kind, "empty blocks", {"counts": [0] * (needs.nblocks - 1) + [8]}
+    for kind in REDUCING:
+        yield kind, "weights", {"weights": [0.5, 2, 0, -1]}
+        yield kind, "whole weights", {"weights": [1, 2, 3, 4], "dtype": pb.INT64}
+    own = own_schedule(TO_ZERO, FROM_ZERO)
+    yield "ALL_REDUCE", "own schedule", {"schedule": own}
+    yield "ALL_REDUCE", "own schedule by its name", {"schedule": own, "algorithm": "mine"}
+    known = own_schedule(TO_ZERO, FROM_ZERO, algorithm="ring")
+    yield "ALL_REDUCE", "own schedule with a known name", {"schedule": known, "algorithm": "ring"}
+    yield "ALL_REDUCE", "unnamed schedule", {"schedule": own_schedule(TO_ZERO, FROM_ZERO, algorithm="")}
+    yield "BARRIER", "own schedule", {"schedule": own}
+    yield "SEND_RECV", "no pairs", {"sendRecvs": []}
+    pairs = [
+        send_recv(0, 1, at, at),
+        send_recv(0, 2, at, at),  # one source for two
+        send_recv(0, 1, at + 4, at + 8),  # sources that overlap, destinations side by side
+        send_recv(3, 3, at, at),  # it is there
+        send_recv(3, 0, at, at + 16),
+        send_recv(2, 1, at + 64, at + 68, count=0),
+    ]
+    yield "SEND_RECV", "many at once", {"sendRecvs": pairs}
+
+
+@pytest.mark.parametrize(("kind", "what", "fields"), [pytest.param(*row, id=f"{row[0]}, {row[1]}") for row in allowed()])
+def test_what_the_rules_allow(world: World, kind: str, what: str, fields: dict[str, Any]):
+    response = world.coordinator.coordinator.Collective(collective(world, kind, **fields), timeout=CALL_TIMEOUT_S)
+    assert response.success
+    (operation,) = response.result.operations
+    assert pb.CollectiveRequest.Kind.Name(operation.kind) == kind
+    assert operation.algorithm
+    assert operation.reason
+
+
+@pytest.mark.parametrize("kind", [*NEEDS])
+def test_an_address_that_is_not_needed_is_not_looked_at_wherever_memory_begins(world: World, kind: str):
+    """Memory of the fleet does not begin at 0, which is what an absent field reads as."""
+    needs = NEEDS[kind]
+    base = [{"sendAddr": MIN_ADDR, "recvAddr": MIN_ADDR + MIB}] * 2
+    request = pb.CollectiveRequest(
+        commId=world.fleet_comm.commId,
+        kind=kind,
+        root=ROOT if kind in ROOTED else 0,
+        counts=[8],
+        buffers=[
+            pb.RankBuffers(**{field: at for field, at in base[rank].items() if rank in needs.ranks(field)})
+            for rank in range(2)
+        ],
+    )
+    assert world.fleet.coordinator.Collective(request, timeout=CALL_TIMEOUT_S).success
+
+
+@pytest.mark.parametrize("field", ["sendAddr", "recvAddr"])
+def test_a_buffer_below_the_beginning_of_memory_is_refused(world: World, field: str):
+    request = pb.CollectiveRequest(
+        commId=world.fleet_comm.commId,
+        kind=pb.CollectiveRequest.ALL_REDUCE,
+        counts=[8],
+        buffers=[pb.RankBuffers(**{"sendAddr": MIN_ADDR, "recvAddr": MIN_ADDR + 8, field: MIN_ADDR - 8})] * 2,
+    )
+    assert_refused(
+        lambda: world.fleet.coordinator.Collective(request, timeout=CALL_TIMEOUT_S),
+        "OUT_OF_RANGE",
+        "ADDRESS_OUT_OF_RANGE",
+        [hex(MIN_ADDR - 8), 8, hex(MIN_ADDR)],
+    )
+
+
+@pytest.fixture(scope="module")
+def four_processes() -> Iterator[tuple[Fleet, Rpc]]:
+    with Fleet(4, ["--memory", "16MiB"]) as fleet, rpc_to(fleet.address) as rpc:
+        yield fleet, rpc
+
+
+def test_no_device_hears_of_a_schedule_that_is_not_proved(four_processes: tuple[Fleet, Rpc]):
+    """All devices stand still meanwhile, so that whoever asked one of them would not get an answer."""
+    fleet, rpc = four_processes
+    with rpc.comm(4) as comm:
+        world = World(rpc, comm, rpc, comm, rpc)
+        all_reduce_on(rpc, comm)
+        with ExitStack() as stack:
+            for server in fleet.devices:
+                stack.enter_context(frozen(server))
+            for kind, _, schedule, words in UNPROVED:
+                assert_refused(
+                    lambda kind=kind, schedule=schedule: rpc.coordinator.Collective(
+                        collective(world, kind, schedule=schedule), timeout=CALL_TIMEOUT_S
+                    ),
+                    "INVALID_ARGUMENT",
+                    "INVALID_SCHEDULE",
+                    words,
+                )
+            # A refusal is not the end of a collective.
+            assert rpc.status(comm.commId).status == pb.SUCCESS
+        right = collective(world, "ALL_REDUCE", schedule=own_schedule(TO_ZERO, FROM_ZERO))
+        assert rpc.coordinator.Collective(right, timeout=CALL_TIMEOUT_S).result.algorithm == "mine"
+
+
+def test_the_proof_of_a_long_schedule_ends(world: World):
+    """A chunk goes to and fro 2**16 times after a deadlock, so that all of it is followed and nothing runs."""
+    crossed = [(0, 1, 0, True), (0, 1, 1, True), (1, 0, 1, True), (1, 0, 0, True)]
+    there, back = [(0, 1, 0, False)], [(1, 0, 0, False)]
+    schedule = own_schedule(crossed, *[there, back] * 2**15, parts=2)
+    request = pb.CollectiveRequest(
+        commId=world.fleet_comm.commId,
+        kind=pb.CollectiveRequest.ALL_REDUCE,
+        counts=[16],
+        buffers=[pb.RankBuffers(sendAddr=MIN_ADDR, recvAddr=MIN_ADDR)] * 2,
+        schedule=schedule,
+    )
+    assert_refused(
+        lambda: world.fleet.coordinator.Collective(request, timeout=CALL_TIMEOUT_S),
+        "INVALID_ARGUMENT",
+        "INVALID_SCHEDULE",
+        ["deadlock"],
+    )
+
+
+def test_chunks_that_many_ranks_hold_are_counted(world: World):
+    with world.coordinator.comm(16) as comm:
+        request = pb.CollectiveRequest(
+            commId=comm.commId,
+            kind=pb.CollectiveRequest.ALL_REDUCE,
+            counts=[8],
+            buffers=[pb.RankBuffers(sendAddr=0, recvAddr=0)] * 16,
+            schedule=own_schedule(parts=2**17),
+        )
+        assert_refused(
+            lambda: world.coordinator.coordinator.Collective(request, timeout=CALL_TIMEOUT_S),
+            "INVALID_ARGUMENT",
+            "INVALID_SCHEDULE",
+            [2**21, 2**20],
+        )
+
+
+def test_a_cost_model_that_is_refused_changes_nothing(world: World):
+    rpc = world.coordinator.coordinator
+    before = rpc.GetCostModel(pb.GetCostModelRequest(), timeout=CALL_TIMEOUT_S).json
+    assert_refused(
+        lambda: rpc.SetCostModel(pb.SetCostModelRequest(json=before[:-3]), timeout=CALL_TIMEOUT_S),
+        "INVALID_ARGUMENT",
+        "INVALID_VALUE",
+    )
+    assert rpc.GetCostModel(pb.GetCostModelRequest(), timeout=CALL_TIMEOUT_S).json == before
+
+
+def test_every_cost_model_that_is_taken_can_be_chosen_by(world: World):
+    """No costs at all, and the highest power of ten that is taken for all of them: every collective finds an algorithm."""
+    rpc = world.coordinator.coordinator
+    before = rpc.GetCostModel(pb.GetCostModelRequest(), timeout=CALL_TIMEOUT_S).json
+
+    def use(cost: float) -> bool:
+        content = json.loads(before)
+        for transport in ("p2p", "grpc"):
+            content[transport] = dict.fromkeys(content[transport], cost)
+        try:
+            rpc.SetCostModel(pb.SetCostModelRequest(json=json.dumps(content)), timeout=CALL_TIMEOUT_S)
+        except grpc.RpcError as error:
+            refusal = refusal_of(error)
+        else:
+            return True
+        assert refusal == "INVALID_VALUE"
+        return False
+
+    try:
+        highest = next(cost for cost in (10.0**exponent for exponent in range(308, -1, -1)) if use(cost))
+        for cost in (0.0, highest):
+            assert use(cost)
+            for kind in KINDS:
+                sizes = {"counts": [16 << 10], "buffers": buffers(kind)} if kind in NEEDS else {}
+                result = rpc.Collective(collective(world, kind, **sizes), timeout=CALL_TIMEOUT_S).result
+                assert (result.operations[0].predictedNs > 0) is (cost > 0)
+    finally:
+        rpc.SetCostModel(pb.SetCostModelRequest(json=before), timeout=CALL_TIMEOUT_S)
 
 
 # ---- limits ----------------------------------------------------------------------------------------------------------

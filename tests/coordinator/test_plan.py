@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 
 import pytest
 
-from dsml_gpu.coordinator.plan import Collective, choose_transport, execute_requests, peers_of
+from dsml_gpu.coordinator.call import CollectiveCall, call_of
+from dsml_gpu.coordinator.plan import Plan, choose_transport, execute_requests, hosts_of, key_of, peers_of, plan_of
 from dsml_gpu.errors import InvalidValue
+from dsml_gpu.reduction import DTYPES
 from dsml_gpu.wire import gpu_sim_pb2 as pb
+from tests.collectives.harness import all_reduce_request
 
 
 def device(device_id: int, process: str, backend: str = "numpy") -> pb.DeviceMetadata:
@@ -45,12 +49,24 @@ def test_transport_is_chosen_for_each_pair() -> None:
     assert [(peer.deviceId, peer.address) for peer in peers_of(devices, 1)] == [(n, f"host:{n}") for n in (1, 2, 3)]
 
 
+def test_hosts_are_numbered_as_they_come() -> None:
+    def on(host: str, address: str = "") -> pb.DeviceMetadata:
+        return pb.DeviceMetadata(host=host, address=address)
+
+    assert hosts_of([on("b"), on("a"), on("b")]) == (0, 1, 0)
+    # Device servers that do not name their host are told apart by their addresses.
+    assert hosts_of([on("", "10.0.0.1:1"), on("", "10.0.0.1:2"), on("", "10.0.0.2:1")]) == (0, 0, 1)
+
+
+def all_reduce(algorithm: str, addrs: Sequence[int]) -> tuple[CollectiveCall, Plan]:
+    call = call_of(all_reduce_request(addrs, 80, DTYPES["FLOAT64"], algorithm=algorithm), len(addrs))
+    return call, plan_of(key_of(call, algorithm, (0,) * len(addrs)))
+
+
 def test_a_group_is_one_request_per_rank_with_one_stream_per_pair() -> None:
     nranks = 4
-    group = [
-        Collective("all_reduce", algorithm, tuple(range(0, 400, 100)), 80, pb.FLOAT64, pb.SUM)
-        for algorithm in ("ring", "naive", "ring", "ring")
-    ]
+    addrs = range(0, 400, 100)
+    group = [all_reduce(algorithm, addrs) for algorithm in ("ring", "naive", "ring", "ring")]
     requests = execute_requests(9, [11, 12, 13, 14], group, stall_timeout_ms=1500)
     assert [request.deviceId for request in requests] == [11, 12, 13, 14]
     streams = Counter()
@@ -58,7 +74,10 @@ def test_a_group_is_one_request_per_rank_with_one_stream_per_pair() -> None:
         assert (request.commId, request.stallTimeoutMs) == (9, 1500)
         assert len(request.programs) == 2, "a program is shipped once however often it is used"
         assert [operation.program for operation in request.operations] == [0, 1, 0, 0]
-        assert {operation.memAddr for operation in request.operations} == {100 * rank}
+        for operation in request.operations:
+            assert [(block.count, block.sendAddr, block.recvAddr) for block in operation.blocks] == [
+                (80, 100 * rank, 100 * rank)
+            ]
         for link in request.links:
             streams.update(("send", rank, link.peer, link.sendStreamId) for _ in range(link.sendStreamId > 0))
             streams.update(("send", link.peer, rank, link.recvStreamId) for _ in range(link.recvStreamId > 0))
@@ -72,11 +91,11 @@ def test_a_group_is_one_request_per_rank_with_one_stream_per_pair() -> None:
 
 
 def test_stream_ids_are_never_used_again() -> None:
-    collective = Collective("all_reduce", "ring", (0, 0), 80, pb.FLOAT64, pb.SUM)
+    operation = all_reduce("ring", (0, 0))
     seen = [
         link.sendStreamId
         for _ in range(50)
-        for request in execute_requests(1, [1, 2], [collective])
+        for request in execute_requests(1, [1, 2], [operation])
         for link in request.links
     ]
     assert len(set(seen)) == 100

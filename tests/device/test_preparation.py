@@ -25,10 +25,10 @@ class SlowReducer:
         self.prepared = 0
         self.ready = False
 
-    def is_ready(self, operator: Operator, dtype: np.dtype[Any]) -> bool:
+    def is_ready(self, operator: Operator, dtype: np.dtype[Any], *, weighted: bool = False) -> bool:
         return self.ready
 
-    def prepare(self, operator: Operator, dtype: np.dtype[Any]) -> None:
+    def prepare(self, operator: Operator, dtype: np.dtype[Any], weighted: bool = False) -> None:
         assert threading.current_thread() is not threading.main_thread()
         self.prepared += 1
         assert self.may_end.wait(10)
@@ -38,6 +38,9 @@ class SlowReducer:
 
     def reduce(self, *arguments: Any) -> None:
         raise AssertionError("nothing is reduced here")
+
+    def weigh(self, *arguments: Any) -> None:
+        raise AssertionError("nothing is weighed here")
 
 
 async def until(holds: Any) -> None:

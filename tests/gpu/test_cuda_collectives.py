@@ -15,7 +15,7 @@ from dsml_gpu.reduction import DTYPES
 from dsml_gpu.transport.p2p import PipeTable
 from dsml_gpu.wire import gpu_sim_pb2 as pb
 from tests.collectives.checks import ALGORITHMS, OPS, check, expected, inputs_for
-from tests.collectives.harness import ranks, read, write
+from tests.collectives.harness import all_reduce_request, ranks, read, write
 
 ARENA_BYTES = 4 << 20
 BOTH = pytest.mark.parametrize("transport", [pb.P2P, pb.GRPC], ids=["p2p", "grpc"])
@@ -177,8 +177,6 @@ def test_a_slice_that_was_read_may_be_overwritten_by_its_sender(gpu: Any) -> Non
 
 @BOTH
 def test_groups_and_copies_keep_their_order(gpu: Any, transport: int) -> None:
-    from dsml_gpu.coordinator.plan import Collective
-
     async def scenario() -> None:
         async with ranks(4, transport, backends=cuda(), memory_bytes=ARENA_BYTES) as world:
             count = 7_000
@@ -187,10 +185,7 @@ def test_groups_and_copies_keep_their_order(gpu: Any, transport: int) -> None:
                     await write(device.arena, 0, np.full(count, rank + 1.0 + round_))
                 steps = [("ring", "SUM"), ("naive", "SUM"), ("ring", "AVG"), ("naive", "MAX"), ("ring", "SUM")]
                 await world.run(
-                    [
-                        Collective("all_reduce", algorithm, (0,) * 4, count * 8, pb.FLOAT64, pb.ReduceOp.Value(op))
-                        for algorithm, op in steps
-                    ]
+                    [all_reduce_request((0,) * 4, count * 8, DTYPES["FLOAT64"], op, algorithm) for algorithm, op in steps]
                 )
                 for device in world.devices:
                     total = set(await read(device.arena, 0, DTYPES["FLOAT64"], count))

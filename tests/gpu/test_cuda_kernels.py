@@ -104,6 +104,12 @@ def test_copies(real: OnGpu) -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("dtype_name", DTYPES)
+def test_weights(real: OnGpu, dtype_name: str) -> None:
+    assert cases.check(real, cases.weighings(dtype_name)) > 100  # type: ignore[arg-type]
+
+
+@pytest.mark.gpu
 @pytest.mark.parametrize("dtype_name", ["FLOAT16", "BFLOAT16"])
 def test_every_half_is_itself_after_widening_and_narrowing(real: OnGpu, dtype_name: str) -> None:
     dtype = DTYPES[dtype_name]

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from dsml_gpu.memory.backend import select_backends
-from dsml_gpu.reduction import DTYPES, OPERATORS, HostReducer, Operator
+from dsml_gpu.reduction import DTYPES, OPERATORS, HostReducer, Operator, checked_weight
 
 ON_HOST = HostReducer()
 COUNT = 1003
@@ -97,11 +97,59 @@ def test_the_same_bits_as_on_the_host(gpu: Any, operator: Operator, dtype: np.dt
     asyncio.run(scenario())
 
 
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=str)
+def test_weights_give_the_same_bits_as_on_the_host(gpu: Any, dtype: np.dtype) -> None:
+    (before,) = values(dtype, 1)
+    weight = checked_weight(3 if dtype.kind in "iu" else 1 / 3, dtype)
+
+    async def scenario(offset: int, in_place: bool) -> None:
+        memory, reducer = memory_and_reducer()
+        arena = memory.allocate(3 * before.nbytes)
+        source = arena[offset : offset + before.nbytes]
+        target = source if in_place else arena[-before.nbytes :]
+        await memory.write(source, before.view(np.uint8))
+        reducer.weigh(dtype, source, target, weight)
+        on_host = np.zeros(before.nbytes, np.uint8)
+        ON_HOST.weigh(dtype, before.view(np.uint8), on_host, weight)
+        download = memory.begin_download(target)
+        same_bits((await download.wait()).view(dtype), on_host.view(dtype), OPERATORS[0])
+        download.release()
+
+    for offset, in_place in [(0, True), (0, False), (8, True), (3, False)]:
+        asyncio.run(scenario(offset, in_place))
+
+
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=str)
+def test_a_sum_of_what_was_just_weighed(gpu: Any, dtype: np.dtype) -> None:
+    """Nothing is waited for between the two, which one stream keeps in order."""
+    first, second = (array.view(np.uint8) for array in values(dtype, 2))
+    weights = [checked_weight(weight, dtype) for weight in ((3, 5) if dtype.kind in "iu" else (1 / 3, -2.5))]
+
+    async def scenario() -> np.ndarray:
+        memory, reducer = memory_and_reducer()
+        operands = [memory.allocate(array.nbytes) for array in (first, second)]
+        for operand, array, weight in zip(operands, (first, second), weights, strict=True):
+            await memory.write(operand, array)
+            reducer.weigh(dtype, operand, operand, weight)
+        reducer.reduce(OPERATORS[0], dtype, operands, operands[:1])
+        download = memory.begin_download(operands[0])
+        got = (await download.wait()).copy()
+        download.release()
+        return got
+
+    got = asyncio.run(scenario())
+    for array, weight in zip((first, second), weights, strict=True):
+        ON_HOST.weigh(dtype, array, array, weight)
+    ON_HOST.reduce(OPERATORS[0], dtype, (first, second), (first,))
+    same_bits(got.view(dtype), first.view(dtype), OPERATORS[0])
+
+
 def test_nothing_to_reduce(gpu: Any) -> None:
     async def scenario() -> None:
         memory, reducer = memory_and_reducer()
         array = memory.allocate(8)
         reducer.reduce(OPERATORS[0], DTYPES["FLOAT64"], (array[:0], array[:0]), (array[:0],))
+        reducer.weigh(DTYPES["FLOAT64"], array[:0], array[:0], checked_weight(2, DTYPES["FLOAT64"]))
         await memory.finish()
 
     asyncio.run(scenario())
@@ -130,3 +178,6 @@ def test_prepared_kernels_are_ready_announced_and_shared(gpu: Any, caplog: pytes
     assert another.is_ready(average, dtype)
     assert another.is_ready(OPERATORS[0], dtype)
     assert not another.is_ready(OPERATORS[1], dtype)
+    assert not another.is_ready(average, dtype, weighted=True)
+    reducer.prepare(average, dtype, weighted=True)
+    assert another.is_ready(average, dtype, weighted=True)

@@ -14,8 +14,8 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from dsml_gpu.reduction import DTYPES, OPERATORS
-from dsml_gpu.reduction.kernels import Launch, copy_launch, reduce_launch
+from dsml_gpu.reduction import DTYPES, OPERATORS, checked_weight
+from dsml_gpu.reduction.kernels import Launch, copy_launch, reduce_launch, weigh_launch
 from dsml_gpu.reduction.operators import Operator
 from tests.kernels.on_cpu import Grid, Program, address
 
@@ -268,6 +268,76 @@ def copy(
         bits_matter=True,
         zeros_alike=False,
     )
+
+
+def weighed(values: np.ndarray, weight: float) -> np.ndarray:
+    """Values times a weight: half types in float32, with a weight of float32, and rounded once; integers wrap."""
+    dtype = values.dtype
+    with np.errstate(all="ignore"):
+        if dtype.itemsize == 2:
+            return (values.astype(np.float32) * np.float32(weight)).astype(dtype)
+        return values * dtype.type(weight)
+
+
+def weighing(
+    rng: np.random.Generator,
+    dtype_name: str,
+    weight: float,
+    *,
+    count: int,
+    alignment: Sequence[int],
+    in_place: bool,
+    grid: Grid = SMALL_GRIDS[0],
+    guard: int = GUARD_BYTES,
+) -> Case:
+    """A multiplication of some window of `pool` by a weight."""
+    dtype = DTYPES[dtype_name]
+    start = int(rng.integers(POOL - count))
+    rows = pool(dtype_name)[:1, start : start + count]
+    return _case(
+        f"{dtype_name} times {weight:g}, {count} elements at {alignment}, {'in place' if in_place else 'elsewhere'}, {grid}",
+        rng,
+        rows,
+        [0 if in_place else 1],
+        weighed(rows[0], weight),
+        lambda sources, destinations, nbytes: weigh_launch(
+            dtype, sources[0], destinations[0], nbytes, checked_weight(weight, dtype)
+        ),
+        alignment=alignment,
+        grid=grid,
+        guard=guard,
+        bits_matter=False,
+        zeros_alike=False,
+    )
+
+
+def weights_for(dtype_name: str) -> list[float]:
+    """Some that are exact, some that are rounded, and the hard ones."""
+    dtype = DTYPES[dtype_name]
+    if dtype.kind in "iu":
+        info = np.iinfo(dtype)
+        # The largest as a float is too large for 64 bits.
+        largest = info.max if dtype.itemsize < 8 else 1 << 62
+        return [0, 1, 3, 100, largest, *([-1, -7, info.min] if info.min < 0 else [])]
+    return [0.0, 1.0, -1.0, 0.5, 3.0, 1 / 3, 1e-3, -0.0, np.inf, np.nan, 2.0**-20, 65520.0]
+
+
+def weighings(dtype_name: str, guard: int = GUARD_BYTES) -> Iterator[Case]:
+    """Every weight and every alignment with lengths near an end of something, in place and elsewhere; and a GPU's blocks."""
+    itemsize = DTYPES[dtype_name].itemsize
+    rng = np.random.default_rng(list(DTYPES).index(dtype_name))
+    grids, places, weights = itertools.cycle(SMALL_GRIDS), itertools.cycle((True, False)), weights_for(dtype_name)
+    for weight, count in itertools.product(weights, (0, 1, 333)):
+        yield weighing(rng, dtype_name, weight, count=count, alignment=(0,), in_place=next(places), guard=guard)
+    for alignment, weight in zip(alignments(itemsize), itertools.cycle(weights)):
+        grid = next(grids)
+        for packs, tail in itertools.product(pack_counts(grid, 1), sorted({0, 1, PACK_BYTES // itemsize - 1})):
+            count = length(itemsize, alignment, packs, tail)
+            place = next(places)
+            yield weighing(rng, dtype_name, weight, count=count, alignment=alignment, in_place=place, grid=grid, guard=guard)
+    grid = REAL_GRIDS[0]
+    count = length(itemsize, (0,), 2 * PACKS_IN_FLIGHT * grid.threads + grid.threads + 1, 1)
+    yield weighing(rng, dtype_name, weights[2], count=count, alignment=(0,), in_place=False, grid=grid, guard=guard)
 
 
 def _case(

@@ -10,7 +10,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 
 import pytest
 
-from dsml_gpu.reduction import DTYPES, OPERATORS, kernels
+from dsml_gpu.reduction import DTYPES, OPERATORS, checked_weight, kernels
 from dsml_gpu.reduction.passes import MAX_OPERANDS
 from dsml_gpu.wire import gpu_sim_pb2 as pb
 from tests.kernels import nvrtc
@@ -84,11 +84,13 @@ def test_what_a_launch_can_name_is_what_is_compiled():
     for offset, nbytes in itertools.product(range(16), range(4096, 4096 + 16)):
         launched.add(kernels.copy_launch(offset, [offset + 16], nbytes).kernel)
         launched.add(kernels.reduce_launch(OPERATORS[0], DTYPES["FLOAT32"], [offset], [16], nbytes // 4 * 4).kernel)
+    for dtype in DTYPES.values():
+        launched.add(kernels.weigh_launch(dtype, 0, 16, 4096, checked_weight(2, dtype)).kernel)
     shipped = all_instantiations()
     assert launched == set(shipped)
     assert sorted(launched) == sorted(name for each in GROUPS for name in group(each))
-    # Capacities 2, 4 and 8 of each; copies of 1, 4 and 8 bytes.
-    assert len(shipped) == len(pb.DataType.keys()) * len(pb.ReduceOp.keys()) * 3 + 3
+    # Capacities 2, 4 and 8 of each; a weight of each type; copies of 1, 4 and 8 bytes.
+    assert len(shipped) == len(pb.DataType.keys()) * (len(pb.ReduceOp.keys()) * 3 + 1) + 3
 
 
 @pytest.mark.parametrize("architecture", [75, 90], ids=lambda number: f"compute_{number}")
@@ -102,6 +104,7 @@ def test_subnormal_numbers_are_kept_whatever_the_options(architecture: int):
     except nvrtc.NotInstalled as reason:
         pytest.skip(str(reason))
     assert "add.rn.f32" in ptx
+    assert "mul.rn.f32" in ptx
     assert "div.rn.f32" in ptx
     assert "setp.lt.or.f32" in ptx
     assert ".ftz" not in ptx

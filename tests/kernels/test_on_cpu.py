@@ -50,6 +50,11 @@ def test_copies(program: Program):
     assert check(program, cases.copies()) > 1000
 
 
+@pytest.mark.parametrize("dtype_name", DTYPES)
+def test_weights(program: Program, dtype_name: str):
+    assert check(program, cases.weighings(dtype_name)) > 100
+
+
 def convert(program: Program, kernel: str, values: np.ndarray, to: np.dtype) -> np.ndarray:
     arguments = np.zeros(1, kernels.ARGUMENTS)
     arguments["sources"][0, 0], arguments["destinations"][0, 0], arguments["count"] = (
@@ -144,8 +149,42 @@ def test_the_floats_are_the_hard_ones(dtype_name: str):
     assert differ.sum() > 100
 
 
+@pytest.mark.parametrize("dtype_name", DTYPES)
+@np.errstate(all="ignore")
+def test_the_weights_are_the_hard_ones(dtype_name: str):
+    """Likewise: products that overflow, or are subnormal, and ties of half types; a weight that was rounded to one shows."""
+    values, weights = cases.pool(dtype_name)[0], cases.weights_for(dtype_name)
+    dtype = DTYPES[dtype_name]
+    if dtype.kind in "iu":
+        info = np.iinfo(dtype)
+        exact = [values.astype(object) * weight for weight in weights]
+        assert sum(int((each > info.max).sum()) for each in exact) > 100
+        assert info.min == 0 or sum(int((each < info.min).sum()) for each in exact) > 100
+        return
+
+    least_normal = float(ml_dtypes.finfo(dtype).tiny)
+    overflown = subnormal = up = down = differ = 0
+    for weight in filter(np.isfinite, weights):
+        result = cases.weighed(values, weight)
+        overflown += int((np.isinf(result) & np.isfinite(values)).sum())
+        subnormal += int(((result != 0) & (np.abs(result.astype(np.float64)) < least_normal)).sum())
+        if dtype_name not in HALF_TYPES:
+            continue
+        product = values.astype(np.float32) * np.float32(weight)
+        dropped_bits = 23 - int(ml_dtypes.finfo(dtype).nmant)
+        rest = product.view(np.uint32) & ((1 << dropped_bits) - 1)
+        ties = np.isfinite(result) & (np.abs(product) > least_normal) & (rest == 1 << (dropped_bits - 1))
+        rounded_up = np.abs(result.astype(np.float32))[ties] > np.abs(product[ties])
+        up, down = up + int(rounded_up.sum()), down + int((~rounded_up).sum())
+        rounded_weight = cases.weighed(values, float(np.array(weight, dtype)))
+        differ += int((result.view(np.uint16) != rounded_weight.view(np.uint16)).sum())
+    assert min(overflown, subnormal) > 100
+    assert dtype_name not in HALF_TYPES or min(up, down, differ) > 100
+
+
 def test_no_operator_and_no_type_is_left_out():
     named = {case.launch.kernel for case in cases.copies()}
+    named |= {case.launch.kernel for dtype_name in DTYPES for case in cases.weighings(dtype_name)}
     for operator, dtype_name in itertools.product(OPERATORS, DTYPES):
         named |= {case.launch.kernel for case in cases.breadth(operator, dtype_name, each=1)}
     assert named == {name for names in kernels.instantiations().values() for name in names}

@@ -69,6 +69,28 @@ BUGS = {
         breadth("SUM", "FLOAT16"),
         "elements differ",
     ),
+    "the weight of a float is taken for a number": Bug(
+        "operators.cuh",
+        "return bit_cast<float>(static_cast<unsigned int>(scaling.weight));",
+        "return static_cast<float>(scaling.weight);",
+        lambda: cases.weighings("FLOAT32"),
+        "elements differ",
+    ),
+    "a weight is rounded to the half type": Bug(
+        "operators.cuh",
+        "return Element<T>::narrowed(product(value, weight_of<typename Element<T>::Accumulator>(scaling)));",
+        "return Element<T>::narrowed(product(value, Element<T>::widened(Element<T>::narrowed("
+        "weight_of<typename Element<T>::Accumulator>(scaling)))));",
+        lambda: cases.weighings("BFLOAT16"),
+        "elements differ",
+    ),
+    "what does not fill a pack is copied, not weighed": Bug(
+        "reduce.cu",
+        "const T result = copies ? sources[0]",
+        "const T result = kMaxSources == 1 ? sources[0]",
+        lambda: cases.weighings("INT8"),
+        "elements differ",
+    ),
     "a pack goes beyond the end": Bug(
         "reduce.cu",
         "const long long packs = (count - head) / kPerPack;",

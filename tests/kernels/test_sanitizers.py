@@ -23,5 +23,10 @@ def test_reductions(sanitized: Program, dtype_name: str):
     assert check(sanitized, itertools.islice(cases.boundaries(dtype_name, guard=0), 0, None, 3)) > 100
 
 
+@pytest.mark.parametrize("dtype_name", DTYPES)
+def test_weights(sanitized: Program, dtype_name: str):
+    assert check(sanitized, cases.weighings(dtype_name, guard=0)) > 100
+
+
 def test_copies(sanitized: Program):
     assert check(sanitized, itertools.islice(cases.copies(guard=0), 0, None, 3)) > 300

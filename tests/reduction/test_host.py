@@ -14,7 +14,8 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from dsml_gpu.reduction import DTYPES, OPERATORS, host
+from dsml_gpu.errors import InvalidValue
+from dsml_gpu.reduction import DTYPES, OPERATORS, checked_weight, host
 from dsml_gpu.reduction.host import MAX_DIVISOR, HostReducer
 
 BY_NAME = {operator.name: operator for operator in OPERATORS}
@@ -479,3 +480,152 @@ def test_without_numba_all_is_ready(monkeypatch: pytest.MonkeyPatch) -> None:
     assert reducer.is_ready(BY_NAME["SUM"], DTYPES["BFLOAT16"], operands=8)
     reducer.prepare(BY_NAME["SUM"], DTYPES["BFLOAT16"])
     reduce_and_check(reducer, "SUM", "BFLOAT16", 2, [0])
+
+
+# --- Weights
+
+
+@pytest.mark.parametrize("dtype_name", DTYPES)
+@pytest.mark.parametrize("in_place", [True, False])
+@pytest.mark.parametrize("offset", [0, 3])
+def test_weights(reducer: HostReducer, dtype_name: str, in_place: bool, offset: int) -> None:
+    """Against numpy with scalars of the same type, over more than one block, at any address."""
+    dtype = DTYPES[dtype_name]
+    reducer.prepare(BY_NAME["SUM"], dtype, weighted=True)
+    count = 5 * SMALL_BLOCK_BYTES + 1
+    generator = np.random.default_rng(1)
+    room = np.zeros(2 * (count * dtype.itemsize + 8), np.uint8)
+    source = room[offset : offset + count * dtype.itemsize]
+    source[:] = generator.integers(0, 256, source.size, np.uint8)
+    before = source.copy().view(dtype)
+    target = source if in_place else room[-count * dtype.itemsize :]
+    for weight in (3, -2 if dtype.kind == "i" else 2) if dtype.kind in "iu" else (1 / 3, -2.5):
+        source[:] = before.view(np.uint8)
+        reducer.weigh(dtype, source, target, checked_weight(weight, dtype))
+        with np.errstate(all="ignore"):
+            if dtype_name in HALVES:
+                wanted = (before.astype(np.float32) * np.float32(weight)).astype(dtype)
+            else:
+                wanted = before * dtype.type(weight)
+            same = target.view(f"u{dtype.itemsize}") == wanted.view(f"u{dtype.itemsize}")
+            if dtype.kind not in "iu":
+                same |= np.isnan(target.view(dtype)) & np.isnan(wanted)
+        assert same.all()
+
+
+def weights_for(dtype_name: str) -> list[float]:
+    """The ends of the range, and numbers that do not come out even."""
+    dtype = DTYPES[dtype_name]
+    if dtype_name in INTEGERS:
+        info = np.iinfo(dtype)
+        return [0, 1, 3, 101, int(info.max), *((int(info.min), -1, -7) if info.min else ())]
+    eps = float(ml_dtypes.finfo(dtype).eps)
+    return [0.0, -0.0, 1.0, 1 / 3, -1.5, 1 + eps, 2.0**-20, 65520.0, 1e300, -math.inf, math.nan]
+
+
+@cache
+def weighed(dtype_name: str) -> tuple[bytes, list[np.ndarray]]:
+    """Values' bytes, and for each weight the exact products, rounded to the accumulator and then to the type, or wrapped."""
+    dtype, count, weights = DTYPES[dtype_name], LENGTHS[dtype_name], weights_for(dtype_name)
+    rng = np.random.default_rng(list(DTYPES).index(dtype_name))
+    if dtype_name in INTEGERS:
+        values = interesting_integers(dtype, count, rng)
+        rows = [[wrapped(value * int(weight), dtype) for value in values.tolist()] for weight in weights]
+        return values.tobytes(), [np.array(row, dtype) for row in rows]
+    values = interesting_floats(dtype, count, rng)
+    accumulator = ACCUMULATORS.get(dtype_name, dtype)
+    products = [
+        [exact_product(value, to_type(weight, accumulator), accumulator) for value in as_float64(values).tolist()]
+        for weight in weights
+    ]
+    return values.tobytes(), [
+        np.array([to_type(value, dtype) for value in row], np.float64).astype(dtype) for row in products
+    ]
+
+
+@pytest.mark.parametrize("dtype_name", DTYPES)
+def test_weights_are_multiplied_exactly_and_rounded_as_said(reducer: HostReducer, dtype_name: str) -> None:
+    dtype = DTYPES[dtype_name]
+    reducer.prepare(BY_NAME["SUM"], dtype, weighted=True)
+    content, results = weighed(dtype_name)
+    for weight, expected in zip(weights_for(dtype_name), results, strict=True):
+        for in_place, offset in ((True, 0), (False, 0), (True, 1), (False, 1)):
+            source = memory(content, offset)
+            beyond = memory(content + b"\xa5" * 8, offset)
+            destination = beyond[: len(content)]
+            reducer.weigh(dtype, destination[:] if in_place else source, destination, checked_weight(weight, dtype))
+            assert_same_bits(destination, expected, "PROD")
+            assert source.tobytes() == content
+            assert beyond[len(content) :].tolist() == [0xA5] * 8
+
+
+@pytest.mark.parametrize("dtype_name", DTYPES)
+@pytest.mark.parametrize("count", [0, 1, 63, 64, 65])
+def test_lengths_of_what_is_weighed(reducer: HostReducer, dtype_name: str, count: int) -> None:
+    dtype = DTYPES[dtype_name]
+    reducer.prepare(BY_NAME["SUM"], dtype, weighted=True)
+    array = np.arange(count).astype(dtype)
+    reducer.weigh(dtype, array.view(np.uint8), array.view(np.uint8), checked_weight(2, dtype))
+    assert array.astype(int).tolist() == np.arange(0, 2 * count, 2).astype(dtype).astype(int).tolist()
+
+
+def test_what_cannot_be_weighed_is_refused(reducer: HostReducer) -> None:
+    dtype = DTYPES["BFLOAT16"]
+    reducer.prepare(BY_NAME["SUM"], dtype, weighted=True)
+    operand, shorter, frozen = np.zeros(8, np.uint8), np.zeros(2, np.uint8), np.frombuffer(bytes(8), np.uint8)
+    weight = checked_weight(2, dtype)
+    with pytest.raises(ValueError, match="a source of 2, a destination of 8 bytes"):
+        reducer.weigh(dtype, shorter, operand, weight)
+    with pytest.raises(ValueError, match="read-only"):
+        reducer.weigh(dtype, operand, frozen, weight)
+    reducer.weigh(dtype, frozen, operand, weight)
+
+
+@pytest.mark.parametrize(
+    ("weight", "dtype_name", "words"),
+    [
+        (0.5, "INT32", "a weight of int32 must be a whole number, not 0.5"),
+        (1.0000001, "INT32", "a weight of int32 must be a whole number, not 1.0000001"),
+        (math.inf, "INT64", "a weight of int64 must be a whole number, not inf"),
+        (math.nan, "UINT8", "a weight of uint8 must be a whole number, not nan"),
+        (-1, "UINT8", "a weight of uint8 must be 0 to 255, not -1"),
+        (128, "INT8", "a weight of int8 must be -128 to 127, not 128"),
+        (2.0**63, "INT64", "a weight of int64 must be -9223372036854775808 to 9223372036854775807, not 9223372036854775808"),
+    ],
+)
+def test_weights_that_a_type_has_not_are_refused(weight: float, dtype_name: str, words: str) -> None:
+    with pytest.raises(InvalidValue, match=words):
+        checked_weight(weight, DTYPES[dtype_name])
+
+
+@pytest.mark.parametrize("dtype_name", FLOATS)
+def test_any_number_is_a_weight_of_floats(dtype_name: str) -> None:
+    for weight in (0.1, -1e300, math.inf, math.nan):
+        found = checked_weight(weight, DTYPES[dtype_name])
+        assert found.dtype == ACCUMULATORS.get(dtype_name, DTYPES[dtype_name])
+    assert checked_weight(0.1, DTYPES["BFLOAT16"]) == np.float32(0.1), "not rounded to the half type"
+
+
+@pytest.mark.parametrize("dtype_name", FLOATS)
+def test_a_weight_is_nan_whatever_its_bits(reducer: HostReducer, dtype_name: str) -> None:
+    """Rounded to bfloat16 without a look, a NaN of all ones would be -0."""
+    dtype = DTYPES[dtype_name]
+    reducer.prepare(BY_NAME["SUM"], dtype, weighted=True)
+    for bits in (0x7FFFFFFFFFFFFFFF, 0xFFFFFFFFFFFFFFFF, 0x7FF0000000000001):
+        array = np.ones(67, dtype)
+        weight = checked_weight(float(np.array(bits, np.uint64).view(np.float64)), dtype)
+        reducer.weigh(dtype, array.view(np.uint8), array.view(np.uint8), weight)
+        assert np.isnan(as_float64(array)).all(), hex(bits)
+
+
+@pytest.mark.parametrize("dtype_name", INTEGERS)
+def test_weights_of_integers_go_to_both_ends_of_the_type(dtype_name: str) -> None:
+    dtype = DTYPES[dtype_name]
+    info = np.iinfo(dtype)
+    for weight in (int(info.min), int(info.max), -0.0):
+        found = checked_weight(weight, dtype)
+        assert found.dtype == dtype
+        assert int(found) == weight
+    for weight in (int(info.min) - 1, int(info.max) + 1):
+        with pytest.raises(InvalidValue, match=f"must be {info.min} to {info.max}, not {weight}"):
+            checked_weight(weight, dtype)

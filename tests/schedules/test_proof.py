@@ -2,82 +2,20 @@
 
 from __future__ import annotations
 
-from collections import Counter
+import time
+from dataclasses import replace
 
-import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
-from dsml_gpu.schedules import (
-    ALL_REDUCE,
-    InvalidSchedule,
-    Schedule,
-    Transfer,
-    chunk_bounds,
-    naive_all_reduce,
-    ring_all_reduce,
-)
+from dsml_gpu.schedules import ALGORITHMS, COLLECTIVES, Algorithm, InvalidSchedule, Schedule, Transfer, algorithms_of
 from dsml_gpu.schedules.verify import verify
-
-
-def run_on_numpy(schedule: Schedule, inputs: list[np.ndarray]) -> list[np.ndarray]:
-    """What the schedule's definition says, step by step, with no executor in between."""
-    buffers = [array.copy() for array in inputs]
-    count = len(inputs[0])
-    for step in schedule.steps:
-        before = [buffer.copy() for buffer in buffers]
-        for transfer in step:
-            part = slice(*chunk_bounds(count, schedule.nchunks, transfer.chunk))
-            incoming = before[transfer.src][part]
-            buffers[transfer.dst][part] = incoming + buffers[transfer.dst][part] if transfer.reduce else incoming
-    return buffers
-
-
-@settings(max_examples=150, deadline=None)
-@given(st.sampled_from(sorted(ALL_REDUCE)), st.integers(1, 33), st.integers(0, 100))
-def test_all_reduce_on_numpy(algorithm: str, nranks: int, count: int) -> None:
-    schedule = ALL_REDUCE[algorithm](nranks)
-    inputs = [np.arange(count) * (rank + 1) + 10**rank % 97 for rank in range(nranks)]
-    for result in run_on_numpy(schedule, inputs):
-        np.testing.assert_array_equal(result, np.sum(inputs, axis=0))
-
-
-@pytest.mark.parametrize("nranks", [2, 3, 4, 7, 8, 33])
-def test_ring_moves_the_least_that_is_possible(nranks: int) -> None:
-    schedule = ring_all_reduce(nranks)
-    assert len(schedule.steps) == 2 * (nranks - 1)
-    for step in schedule.steps:
-        assert Counter(transfer.src for transfer in step) == Counter(range(nranks))
-        assert all(transfer.dst == (transfer.src + 1) % nranks for transfer in step)
-    elements = 5 * nranks  # divisible, so that the closed formula is exact
-    sent = Counter(dict.fromkeys(range(nranks), 0))
-    for step in schedule.steps:
-        for transfer in step:
-            first, last = chunk_bounds(elements, schedule.nchunks, transfer.chunk)
-            sent[transfer.src] += last - first
-    assert set(sent.values()) == {2 * (nranks - 1) * elements // nranks}
-
-
-@pytest.mark.parametrize(("nranks", "root"), [(2, 0), (4, 0), (5, 3), (9, 8)])
-def test_naive_goes_through_the_root(nranks: int, root: int) -> None:
-    gather, scatter = naive_all_reduce(nranks, root).steps
-    others = [rank for rank in range(nranks) if rank != root]
-    assert [(t.src, t.dst, t.reduce) for t in gather] == [(rank, root, True) for rank in others]
-    assert [(t.src, t.dst, t.reduce) for t in scatter] == [(root, rank, False) for rank in others]
-
-
-@pytest.mark.parametrize("algorithm", sorted(ALL_REDUCE))
-def test_one_rank_has_nothing_to_do(algorithm: str) -> None:
-    assert ALL_REDUCE[algorithm](1).steps == ()
-
 
 SEND = Transfer(0, 1, 0, reduce=True)
 BACK = Transfer(1, 0, 0, reduce=False)
 
 
 @pytest.mark.parametrize(
-    ("steps", "nchunks", "complaint"),
+    ("steps", "parts", "complaint"),
     [
         pytest.param((), 1, "at the end rank 0 holds the contributions of rank 0 in chunk 0", id="nothing happens"),
         pytest.param(((SEND,),), 1, "at the end rank 0 holds", id="the result does not come back"),
@@ -97,9 +35,9 @@ BACK = Transfer(1, 0, 0, reduce=False)
         pytest.param(((Transfer(0, 1, 0, reduce=False), BACK),), 1, "at the end", id="inputs overwritten"),
     ],
 )
-def test_broken_schedules_are_refused(steps: tuple[tuple[Transfer, ...], ...], nchunks: int, complaint: str) -> None:
+def test_broken_schedules_are_refused(steps: tuple[tuple[Transfer, ...], ...], parts: int, complaint: str) -> None:
     with pytest.raises(InvalidSchedule, match=complaint):
-        Schedule("all_reduce", "broken", 2, nchunks, steps)
+        Schedule("all_reduce", "broken", 2, parts, steps)
 
 
 def test_an_exchange_within_a_step_is_no_deadlock() -> None:
@@ -124,24 +62,131 @@ def test_deadlock_is_refused() -> None:
 def test_unknown_collectives_and_empty_worlds_are_refused() -> None:
     with pytest.raises(InvalidSchedule, match="unknown collective 'all_reduse'; known: all_reduce"):
         Schedule("all_reduse", "x", 2, 1, ())
-    with pytest.raises(InvalidSchedule, match="at least 1 rank and 1 chunk"):
+    with pytest.raises(InvalidSchedule, match="at least 1 rank and 1 part are needed, not 0 and 1"):
         Schedule("all_reduce", "x", 0, 1, ())
-    with pytest.raises(InvalidSchedule, match="at least 1 rank and 1 chunk"):
+    with pytest.raises(InvalidSchedule, match="at least 1 rank and 1 part are needed, not 2 and 0"):
         Schedule("all_reduce", "x", 2, 0, ())
+    with pytest.raises(InvalidSchedule, match="root 2 is not one of 2 ranks"):
+        Schedule("broadcast", "x", 2, 1, (), root=2)
+    with pytest.raises(InvalidSchedule, match=r"rank 3 of the pair \(0, 3\) is not one of 2 ranks"):
+        Schedule("send_recv", "x", 2, 1, (), pairs=((0, 3),))
 
 
-@pytest.mark.parametrize("algorithm", sorted(ALL_REDUCE))
-@pytest.mark.parametrize("nranks", [2, 3, 5, 8])
-def test_every_single_omission_is_noticed(algorithm: str, nranks: int) -> None:
-    """Leaving out any one transfer of a right schedule makes a wrong one."""
-    schedule = ALL_REDUCE[algorithm](nranks)
-    for number, step in enumerate(schedule.steps):
-        for index in range(len(step)):
-            shorter = (*step[:index], *step[index + 1 :])
-            steps = (*schedule.steps[:number], shorter, *schedule.steps[number + 1 :])
+@pytest.mark.parametrize("collective", sorted(set(COLLECTIVES) - {"send_recv"}))
+def test_nothing_is_no_schedule_of_any_collective(collective: str) -> None:
+    with pytest.raises(InvalidSchedule, match="at the end rank"):
+        Schedule(collective, "null", 2, 1, ())
+
+
+COPY = Transfer(0, 1, 0)
+
+
+@pytest.mark.parametrize(
+    ("collective", "steps", "complaint"),
+    [
+        pytest.param("broadcast", ((BACK,),), "rank 1 does not hold chunk 0 yet", id="sends what it has not"),
+        pytest.param("broadcast", ((SEND,),), "broadcast does not reduce", id="reduces in a broadcast"),
+        pytest.param("all_gather", ((COPY, BACK),), "rank 1 does not hold chunk 0 yet", id="gathers one block only"),
+        pytest.param("all_gather", ((COPY,),), "rank 0 holds the contributions of no rank in chunk 1", id="one way only"),
+        pytest.param("scatter", ((COPY,),), "rank 1 holds the contributions of no rank in chunk 1", id="the wrong block"),
+        pytest.param("gather", ((COPY,),), "rank 0 holds the contributions of no rank in chunk 1", id="to the wrong rank"),
+        pytest.param(
+            "reduce", ((SEND,),), "rank 0 holds the contributions of rank 0 in", id="to a rank that is not the root"
+        ),
+        pytest.param("reduce_scatter", ((SEND,),), "rank 0 holds the contributions of rank 0 in", id="one block on each"),
+        pytest.param("all_to_all", ((Transfer(0, 1, 1), Transfer(1, 0, 1)),), "does not hold chunk 1 yet", id="mixed up"),
+        pytest.param("barrier", ((SEND,),), "rank 0 holds the contributions of rank 0", id="one rank hears of nobody"),
+    ],
+)
+def test_broken_schedules_of_other_collectives(
+    collective: str, steps: tuple[tuple[Transfer, ...], ...], complaint: str
+) -> None:
+    with pytest.raises(InvalidSchedule, match=complaint):
+        Schedule(collective, "broken", 2, 1, steps)
+
+
+@pytest.mark.parametrize("collective", sorted(name for name, one in COLLECTIVES.items() if not one.reduces))
+def test_what_does_not_reduce_refuses_reductions(collective: str) -> None:
+    """Each algorithm, with one copy that has become a reduction."""
+    for algorithm in algorithms_of(collective).values():
+        schedule = algorithm.schedule(4, pairs=((0, 1), (2, 3)) if collective == "send_recv" else ())
+        (first, *others), *later = schedule.steps
+        steps = ((replace(first, reduce=True), *others), *later)
+        with pytest.raises(InvalidSchedule, match=f"step 0, .*: {collective} does not reduce"):
+            replace(schedule, steps=steps)
+
+
+@pytest.mark.parametrize("collective", sorted(name for name, one in COLLECTIVES.items() if not one.reduces))
+def test_nobody_sends_what_it_does_not_hold(collective: str) -> None:
+    """Each algorithm, with another source of its first transfer: at the start only one rank holds a block of these."""
+    for algorithm in algorithms_of(collective).values():
+        schedule = algorithm.schedule(4, pairs=((0, 1), (2, 3)) if collective == "send_recv" else ())
+        (first, *others), *later = schedule.steps
+        src = next(rank for rank in range(4) if rank not in (first.src, first.dst))
+        with pytest.raises(InvalidSchedule, match=f"rank {src} does not hold chunk {first.chunk} yet"):
+            replace(schedule, steps=((replace(first, src=src), *others), *later))
+
+
+@pytest.mark.parametrize("collective", sorted(name for name, one in COLLECTIVES.items() if one.rooted))
+def test_a_schedule_for_one_root_is_none_for_another(collective: str) -> None:
+    for algorithm in algorithms_of(collective).values():
+        for root in (0, 2, 3):
             with pytest.raises(InvalidSchedule):
-                Schedule("all_reduce", algorithm, nranks, schedule.nchunks, steps)
+                replace(algorithm.schedule(5, root=1), root=root)
+        with pytest.raises(InvalidSchedule, match="root 5 is not one of 5 ranks"):
+            replace(algorithm.schedule(5, root=1), root=5)
+
+
+@pytest.mark.parametrize("collective", sorted(COLLECTIVES))
+def test_a_root_or_pairs_where_there_are_none(collective: str) -> None:
+    if not COLLECTIVES[collective].rooted:
+        with pytest.raises(InvalidSchedule, match=f"{collective} has no root, but root 1 was given"):
+            Schedule(collective, "x", 2, 1, (), root=1)
+    if collective != "send_recv":
+        with pytest.raises(InvalidSchedule, match=f"{collective} has no pairs, but 2 were given"):
+            Schedule(collective, "x", 2, 1, (), pairs=((0, 1), (1, 0)))
+
+
+@pytest.mark.parametrize("pair", [(0, 2), (-1, 0), (2, 2)])
+def test_pairs_of_ranks_that_there_are_not(pair: tuple[int, int]) -> None:
+    with pytest.raises(InvalidSchedule, match=r"rank (2|-1) of the pair .* is not one of 2 ranks"):
+        Schedule("send_recv", "x", 2, 1, (), pairs=((0, 0), pair))
+
+
+def test_an_algorithm_that_builds_something_else_is_refused() -> None:
+    def for_root_0(nranks: int, root: int) -> Schedule:
+        return algorithms_of("broadcast")["direct"].schedule(nranks)
+
+    wrong = Algorithm("broadcast", "wrong", for_root_0, "nobody")
+    assert wrong.schedule(3).root == 0
+    with pytest.raises(InvalidSchedule, match=r"wrong has built a schedule for broadcast with .*root=0.*, not for .*root=2"):
+        wrong.schedule(3, root=2)
+
+
+def test_pairs_that_are_not_served() -> None:
+    with pytest.raises(InvalidSchedule, match="rank 1 holds the contributions of no rank in chunk 1"):
+        Schedule("send_recv", "broken", 2, 1, ((COPY,),), pairs=((0, 1), (0, 1)))
+    Schedule("send_recv", "right", 2, 1, ((COPY, Transfer(0, 1, 1)),), pairs=((0, 1), (0, 1)))
+
+
+def test_a_token_may_meet_itself_again() -> None:
+    """Three ranks tell their right neighbours twice: the second time each hears of its own token, and that is no harm."""
+    around = tuple(Transfer(rank, (rank + 1) % 3, 0, reduce=True) for rank in range(3))
+    Schedule("barrier", "around", 3, 1, (around, around))
+    Schedule("barrier", "around", 3, 1, (around, around, around))
+    with pytest.raises(InvalidSchedule, match="would be reduced twice"):
+        Schedule("all_reduce", "around", 3, 1, (around, around, around))
 
 
 def test_a_valid_schedule_verifies_again() -> None:
-    verify(ring_all_reduce(4))
+    verify(algorithms_of("all_reduce")["ring"].schedule(4))
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("algorithm", ALGORITHMS, ids=lambda one: f"{one.collective}-{one.name}")
+def test_the_largest_communicators_are_proved_in_seconds(algorithm: object) -> None:
+    """256 ranks; a communicator has no more."""
+    started = time.perf_counter()
+    algorithm.schedule(256)  # type: ignore[attr-defined]
+    assert time.perf_counter() - started < 60

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from random import Random
 from typing import Any
 
 import numpy as np
 import pytest
 
 from dsml_gpu.cli.fleet import Fleet, ServerProcess
+from dsml_gpu.schedules import algorithms_of
 from dsml_gpu.wire import gpu_sim_pb2 as pb
+from tests.collectives.reference import carry_out
 from tests.support.processes import wait_until
 from tests.support.rpc import CALL_TIMEOUT_S, MIB, Rpc, all_reduce_on, assert_refused, naive, ring, rpc_to
 from tests.support.slow_copy import SlowCopy
@@ -121,6 +124,124 @@ def test_operations_of_several_types_in_one_group(server: Rpc, comm: pb.CommInit
     assert_all(server, comm, [[3.0]] * NRANKS)
     for device in comm.devices:
         assert np.frombuffer(server.read(device.deviceId.value, 64, 1), "i1") == 300 - 256  # wraps
+
+
+# ---- all collectives -------------------------------------------------------------------------------------------------
+
+BLOCK = 4 * 1003
+#: Two buffers of a block for each rank, at addresses that are no multiples of 8.
+A, B = 12, 12 + NRANKS * BLOCK
+MEMORY = B + NRANKS * BLOCK
+
+
+def collective(kind: str, send: int, recv: int, own: str = "", **fields: Any) -> pb.CollectiveRequest:
+    """A collective of int32 on buffers that are at the same places on all ranks.
+
+    Args:
+        own: ``"send"`` or ``"recv"``: that address is of the rank's own block in the buffer.
+    """
+    request = pb.CollectiveRequest(kind=kind, dtype=pb.INT32, counts=[BLOCK], **fields)
+    for rank in range(NRANKS):
+        at = rank * BLOCK
+        request.buffers.add(sendAddr=send + at * (own == "send"), recvAddr=recv + at * (own == "recv"))
+    return request
+
+
+def images(seed: int) -> list[np.ndarray]:
+    """Memory of all ranks, full of small whole numbers."""
+    generator = np.random.default_rng(seed)
+    return [generator.integers(-7, 8, MEMORY // 4, np.int32).view(np.uint8) for _ in range(NRANKS)]
+
+
+def after(requests: Sequence[pb.CollectiveRequest], before: Sequence[np.ndarray]) -> list[np.ndarray]:
+    """Memory of all ranks when the collectives have run one after the other."""
+    memories = [memory.copy() for memory in before]
+    for request in requests:
+        carry_out(request, memories)
+    return memories
+
+
+def run_group(
+    rpc: Rpc, comm: pb.CommInitResponse, group: Group, requests: Sequence[pb.CollectiveRequest], before: list[np.ndarray]
+) -> pb.CollectiveResult:
+    """Runs the collectives as one group, and compares all of memory."""
+    for device, memory in zip(comm.devices, before, strict=True):
+        rpc.write(device.deviceId.value, 0, memory.tobytes())
+    group.start()
+    for request in requests:
+        request.commId = comm.commId
+        assert not rpc.coordinator.Collective(request, timeout=CALL_TIMEOUT_S).HasField("result")
+    result = group.end().result
+    for rank, (device, expected) in enumerate(zip(comm.devices, after(requests, before), strict=True)):
+        actual = np.frombuffer(rpc.read(device.deviceId.value, 0, MEMORY), np.uint8)
+        np.testing.assert_array_equal(actual.view(np.int32), expected.view(np.int32), err_msg=f"rank {rank}")
+    return result
+
+
+def test_a_group_of_all_collectives_on_two_buffers(server: Rpc, comm: pb.CommInitResponse, group: Group):
+    """Each works on what the one before it has left, so that any two that overlap or change places show."""
+    pairs = [pb.SendRecv(src=0, dst=1), pb.SendRecv(src=1, dst=2), pb.SendRecv(src=2, dst=2)]
+    for pair in pairs:
+        pair.MergeFrom(pb.SendRecv(count=2 * BLOCK, sendAddr=B, recvAddr=A + BLOCK if pair.dst == 1 else A))
+    requests = [
+        collective("ALL_TO_ALL", A, B),
+        collective("REDUCE_SCATTER", B, A, own="recv"),
+        collective("ALL_TO_ALL", A, A),
+        collective("REDUCE_SCATTER", A, A, own="recv"),
+        collective("ALL_GATHER", A, B, own="send"),
+        collective("SCATTER", B, A, own="recv", root=1),
+        collective("ALL_TO_ALL", A, A),
+        collective("GATHER", A, B, own="send", root=2),
+        collective("BROADCAST", B, B, root=2),
+        collective("ALL_REDUCE", B, A, weights=[1, 2, 3]),
+        collective("ALL_TO_ALL", A, B),
+        pb.CollectiveRequest(kind=pb.CollectiveRequest.SEND_RECV, dtype=pb.INT32, sendRecvs=pairs),
+        collective("REDUCE_SCATTER", A, B, own="recv", op=pb.MAX),
+        collective("ALL_TO_ALL", B, B),
+        collective("REDUCE", B, B, root=1),
+        collective("ALL_GATHER", B, B, own="send"),
+        collective("ALL_REDUCE", A, A, op=pb.MIN),
+        collective("ALL_TO_ALL", B, A),
+    ]
+    before = images(0)
+    right = after(requests, before)
+    for number in range(len(requests) - 1):
+        swapped = [*requests[:number], requests[number + 1], requests[number], *requests[number + 2 :]]
+        assert any(map(np.array_equal, after(swapped, before), right)) is False, number
+    barrier = pb.CollectiveRequest(kind=pb.CollectiveRequest.BARRIER)
+    requests.insert(9, barrier)
+    result = run_group(server, comm, group, requests, before)
+    assert {request.kind for request in requests} == {*pb.CollectiveRequest.Kind.values()} - {0}
+    assert [operation.kind for operation in result.operations] == [request.kind for request in requests]
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_groups_of_any_collectives_by_any_algorithms(server: Rpc, comm: pb.CommInitResponse, group: Group, seed: int):
+    random = Random(seed)
+    owns = {"REDUCE_SCATTER": "recv", "SCATTER": "recv", "ALL_GATHER": "send", "GATHER": "send"}
+    requests = []
+    for _ in range(25):
+        kind = random.choice([name for name, number in pb.CollectiveRequest.Kind.items() if number])
+        request = pb.CollectiveRequest(kind=kind)
+        if kind == "SEND_RECV":
+            ranks = random.sample(range(NRANKS), NRANKS)
+            for src, dst in enumerate(ranks):
+                request.sendRecvs.add(src=src, dst=dst, count=2 * BLOCK, sendAddr=A + BLOCK, recvAddr=B)
+        elif kind != "BARRIER":
+            request = collective(kind, random.choice([A, B]), random.choice([A, B]), own=owns.get(kind, ""))
+            request.op = random.choice([pb.SUM, pb.MIN, pb.MAX])
+        if kind in ("REDUCE", "BROADCAST", "GATHER", "SCATTER"):
+            request.root = random.randrange(NRANKS)
+        request.algorithm = random.choice(["auto", *algorithms_of(kind.lower())])
+        requests.append(request)
+    result = run_group(server, comm, group, requests, images(seed))
+    for request, operation in zip(requests, result.operations, strict=True):
+        assert operation.kind == request.kind
+        if request.algorithm != "auto":
+            assert (operation.algorithm, operation.reason) == (request.algorithm, "as asked")
+
+
+# ---- the end of groups -----------------------------------------------------------------------------------------------
 
 
 def test_an_empty_group_ends_and_is_no_collective(server: Rpc, comm: pb.CommInitResponse, group: Group):

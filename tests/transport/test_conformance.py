@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,6 +13,7 @@ import pytest
 from dsml_gpu.device.service import DeviceService, TransferSettings
 from dsml_gpu.errors import DsmlError, OperationAborted, OperationTimeout, StreamLength
 from dsml_gpu.memory.host import HostMemory
+from dsml_gpu.transport.emulation import DeviceLink, LinkSettings
 from dsml_gpu.transport.grpc import ChannelPool, GrpcRecvLink, GrpcSendLink
 from dsml_gpu.transport.incoming import IncomingTable
 from dsml_gpu.transport.link import RecvLink, SendLink, new_stream_id
@@ -21,6 +22,8 @@ from dsml_gpu.wire.server import RpcServer
 
 TIMEOUT_S = 0.3
 MEMORY = HostMemory()
+#: Slow enough that messages wait for the link, and travel, in every test.
+SLOW = LinkSettings(latency_s=2e-3, bytes_per_s=200e6)
 
 
 @dataclass(frozen=True)
@@ -40,28 +43,34 @@ async def p2p_ends() -> AsyncIterator[Ends]:
 
 
 @asynccontextmanager
-async def grpc_ends() -> AsyncIterator[Ends]:
-    """A real server and a real connection, on loopback."""
+async def grpc_ends(settings: LinkSettings) -> AsyncIterator[Ends]:
+    """A real server and a real connection, on loopback, between two devices whose links may be emulated."""
     server = RpcServer("127.0.0.1", 0)
     server.bind()
-    service = DeviceService(server.address, TransferSettings(stall_timeout_s=TIMEOUT_S))
+    service = DeviceService(server.address, TransferSettings(stall_timeout_s=TIMEOUT_S, link=settings))
     await server.start({"GPUDevice": service}, 60.0)
     channels = ChannelPool()
     stream_id = new_stream_id()
     table: IncomingTable = service._incoming
+    source, target = (DeviceLink(settings, service._timer) if settings.emulated else None for _ in range(2))
     try:
         yield Ends(
-            lambda: GrpcSendLink(channels.stub(server.address), stream_id, MEMORY, "the receiver"),
-            lambda: GrpcRecvLink(table.claim(stream_id), MEMORY, "the sender"),
+            lambda: GrpcSendLink(channels.stub(server.address), stream_id, MEMORY, "the receiver", source),
+            lambda: GrpcRecvLink(table.claim(stream_id, link=target), MEMORY, "the sender"),
             lambda: len(table),
         )
+        assert len(service._timer) == 0
     finally:
         await channels.close()
         await server.stop(0)
         await service.close()
 
 
-TRANSPORTS = {"p2p": p2p_ends, "grpc": grpc_ends}
+TRANSPORTS: dict[str, Callable[[], AbstractAsyncContextManager[Ends]]] = {
+    "p2p": p2p_ends,
+    "grpc": lambda: grpc_ends(LinkSettings()),
+    "grpc over emulated links": lambda: grpc_ends(SLOW),
+}
 pytestmark = pytest.mark.parametrize("transport", sorted(TRANSPORTS))
 
 

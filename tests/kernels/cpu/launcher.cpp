@@ -77,6 +77,7 @@ void print_layout() {
     FIELD(destination_count);
     FIELD(divisor);
     FIELD(unaligned);
+    FIELD(weight);
 #undef FIELD
     std::printf("ReduceArguments 0 %zu\n", sizeof(ReduceArguments));
     std::printf("kMaxOperands %d\nkThreads %d\nkPackBytes %d\nkPacksInFlight %d\n", kMaxOperands, kThreads, kPackBytes,
