@@ -54,7 +54,7 @@ def main() -> int:
     parser.add_argument("--size", type=parse_size, default="16MB", help="of each rank's buffer")
     parser.add_argument("--link-bandwidth", default="1Gbit/s")
     parser.add_argument("--link-latency", default="100us")
-    parser.add_argument("--slice", default="512KiB", help="size of messages")
+    parser.add_argument("--slice", default="1MiB", help="size of messages: the larger, the less work for the processors")
     parser.add_argument("--algorithms", default=",".join(algorithms_of("all_reduce")))
     parser.add_argument("--repeat", type=int, default=7, help="runs whose median counts")
     parser.add_argument("--json", type=Path)
@@ -64,10 +64,10 @@ def main() -> int:
     cut = ["--slice", options.slice]
 
     with Fleet(max(numbers), cut) as fleet, connect(fleet.address) as client:
-        model = fitted_model(client, Setup(fleet.address))
+        model = fitted_model(client, Setup(fleet.address, slice_bytes=parse_size(options.slice)))
     print(
         f"all-reduce of {format_size(options.size)} float64 over links of {options.link_bandwidth} and "
-        f"{options.link_latency}, medians of {options.repeat} runs in turn\n"
+        f"{options.link_latency}, slices of {options.slice}, medians of {options.repeat} runs in turn\n"
     )
     print(f"{'ranks':>5}  {'algorithm':<20}{'measured':>12}{'predicted':>12}{'ratio':>8}{'wrong':>7}")
     rows: list[Row] = []

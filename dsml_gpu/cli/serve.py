@@ -26,6 +26,7 @@ from dsml_gpu.schedules.cost_model import DEFAULT_COST_MODEL, CostModel
 from dsml_gpu.transport.emulation import LinkSettings
 from dsml_gpu.wire import gpu_sim_pb2 as pb
 from dsml_gpu.wire.server import PortInUse, RpcServer
+from dsml_gpu.wire.trim import keep_freed_memory
 
 #: Numbers of ``enum Transport`` by name.
 TRANSPORTS: dict[str, int] = dict(pb.Transport.items())
@@ -53,6 +54,7 @@ def run(make: Callable[[], S], ready: Callable[[S], str], *, until_stdin_closes:
         until_stdin_closes: also stop at the end of standard input.
         metrics_port: serve Prometheus metrics there.
     """
+    keep_freed_memory()
     try:
         asyncio.run(_serve(make, ready, until_stdin_closes, metrics_port))
     except (PortInUse, DsmlError) as error:

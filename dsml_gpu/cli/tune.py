@@ -26,11 +26,11 @@ from dsml_gpu.schedules.fitting import Measured, fit
 from dsml_gpu.schedules.topology import Topology
 
 #: Bytes of each rank's buffer: from what a message costs to what a byte costs.
-SIZES = (8, 4 << 10, 64 << 10, 512 << 10, 4 << 20, 16 << 20)
+SIZES = (64, 4 << 10, 32 << 10, 256 << 10, 1 << 20, 4 << 20, 16 << 20)
 #: Algorithms of all-reduce that together tell the constants apart: by their numbers of streams, messages, bytes and steps.
-PROBES = ("ring", "naive", "direct", "recursive_doubling", "binomial_tree")
+PROBES = ("ring", "naive", "direct", "recursive_doubling", "double_binary_tree")
 #: Runs whose median counts, by size; small ones are noisier and cost less.
-_RUNS_SMALL, _RUNS_LARGE = 15, 5
+_RUNS_SMALL, _RUNS_LARGE = 21, 5
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,11 +41,13 @@ class Setup:
         target: host:port of the coordinator.
         max_ranks: of the largest communicator that is measured; 0: all devices.
         max_bytes: of the largest buffer.
+        slice_bytes: into which the devices cut chunks.
     """
 
     target: str
     max_ranks: int = 0
     max_bytes: int = SIZES[-1]
+    slice_bytes: int = 512 << 10
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,12 +132,12 @@ def measure(client: Client, setup: Setup, console: Console) -> list[Probe]:
                     continue
                 for size in sizes:
                     bar.update(task, description=f"{nranks} ranks, {transport}, {format_size(size)}")
-                    probes += measure_size(comm, topology, size)
+                    probes += measure_size(comm, topology, size, setup.slice_bytes)
                     bar.advance(task)
     return probes
 
 
-def measure_size(comm: Communicator, topology: Topology, nbytes: int) -> Iterator[Probe]:
+def measure_size(comm: Communicator, topology: Topology, nbytes: int, slice_bytes: int) -> Iterator[Probe]:
     """Measures all probes at one size, in turn."""
     arrays = comm.array([np.zeros(nbytes // 8)] * comm.nranks)
     runs = _RUNS_SMALL if nbytes < 1 << 20 else _RUNS_LARGE
@@ -147,7 +149,8 @@ def measure_size(comm: Communicator, topology: Topology, nbytes: int) -> Iterato
         array.free()
     for name in PROBES:
         schedule = find_algorithm("all_reduce", name).schedule(comm.nranks, hosts=topology.host_of)
-        yield Probe(name, "+".join(result.transports), Measured(schedule, nbytes, topology, median(times_s[name])))
+        measured = Measured(schedule, nbytes, topology, median(times_s[name]), slice_bytes)
+        yield Probe(name, "+".join(result.transports), measured)
 
 
 def table(probes: Sequence[Probe], model: CostModel) -> Table:

@@ -239,7 +239,7 @@ class Communicator:
                     kind=one.name.upper(),
                     algorithm=one.algorithm,
                     reason=one.choice.reason,
-                    predictedNs=round(one.choice.predicted_s * 1e9),
+                    predictedNs=min(round(one.choice.predicted_s * 1e9), (1 << 64) - 1),
                 )
                 for one in planned
             ],

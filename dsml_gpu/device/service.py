@@ -42,6 +42,7 @@ from dsml_gpu.wire.stubs import COPY_SLICE_BYTES
 
 #: Bounds on what a request can make a server build.
 _MAX_CHUNKS = 1 << 17
+_MAX_SLICES = 1 << 20
 _MIN_SLICE_BYTES = 4 << 10
 
 
@@ -218,6 +219,12 @@ class DeviceService:
             raise InvalidValue(f"the operations have {chunks} chunks together, at most {_MAX_CHUNKS} are allowed")
         slice_bytes = request.sliceBytes or self._settings.slice_bytes
         check_slice_bytes(slice_bytes)
+        for operation in operations:
+            nbytes = sum(block.elements for block in operation.blocks) * operation.dtype.itemsize
+            if nbytes > _MAX_SLICES * slice_bytes:
+                raise InvalidValue(
+                    f"an operation of {nbytes} bytes has more than {_MAX_SLICES} slices of {slice_bytes} bytes"
+                )
         stall_timeout_s = request.stallTimeoutMs / 1000 or self._settings.stall_timeout_s
         for operation in operations:
             if operation.dataflow.reduces or operation.weight is not None:

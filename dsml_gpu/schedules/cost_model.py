@@ -9,9 +9,11 @@ and a host's ranks with each other; they are here.
 from __future__ import annotations
 
 import json
-import math
 from dataclasses import asdict, dataclass, fields
 from typing import Any
+
+#: No constant is higher, so that every prediction is finite.
+_MAX_COST_S = 1e6
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,8 +48,8 @@ class Costs:
     def __post_init__(self) -> None:
         for field in fields(self):
             value = getattr(self, field.name)
-            if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 <= value < math.inf:
-                raise ValueError(f"{field.name} must be a number of seconds from 0 up, not {value!r}")
+            if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 <= value <= _MAX_COST_S:
+                raise ValueError(f"{field.name} must be a number of seconds from 0 to {_MAX_COST_S:g}, not {value!r}")
 
     def control_s(self, nranks: int) -> float:
         """Time of a collective's control messages."""
@@ -87,7 +89,7 @@ class CostModel:
         """
         try:
             content = json.loads(text)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ValueError(f"a cost model must be JSON: {error}") from None
         _require_keys("a cost model", content, {"version", "p2p", "grpc"})
         if content["version"] != _VERSION:
@@ -117,10 +119,10 @@ def _require_keys(what: str, content: Any, keys: set[str]) -> None:
 #: Processors and memory cost nothing: what is left is what the links do.
 LINKS_ONLY = CostModel(p2p=Costs(*[0.0] * 8), grpc=Costs(*[0.0] * 8))
 
-#: Medians of all-reduces by ring, direct, recursive_doubling and double_binary_tree on 2, 4 and 8 ranks, 1 KiB to 16 MB, in
-#: host memory on two cores of a 2020s server under Python 3.11, fitted with an error of 8 % (gRPC) and 4 % (p2p, up to 4 MiB:
-#: what no cache holds is slower). On another machine they are good for an order of algorithms, not for times; `dsml-gpu
-#: tune` fits them to it.
+#: All-reduces by ring, direct, recursive_doubling and double_binary_tree on 2, 4 and 8 ranks, 1 KiB to 16 MB, in host memory
+#: on two cores of a 2020s server under Python 3.11; fitted with an error of 8 % (gRPC) and 4 % (p2p, up to 4 MiB: what no
+#: cache holds is slower). On another machine they are good for an order of algorithms, not for times; `dsml-gpu tune` fits
+#: them to it.
 DEFAULT_COST_MODEL = CostModel(
     p2p=Costs(
         operation_s=570e-6,

@@ -31,16 +31,20 @@ class Measured:
         block_bytes: of each block of the collective.
         topology: where it ran.
         time_s: how long it took, from the client's call to its return.
+        slice_bytes: into which the devices cut chunks.
     """
 
     schedule: Schedule
     block_bytes: int
     topology: Topology
     time_s: float
+    slice_bytes: int = 512 << 10
 
     def predicted_s(self, model: CostModel) -> float:
         """What a model predicts for it."""
-        return simulate(self.schedule, self.block_bytes, self.topology, model, max_messages=_MAX_MESSAGES).time_s
+        return simulate(
+            self.schedule, self.block_bytes, self.topology, model, self.slice_bytes, max_messages=_MAX_MESSAGES
+        ).time_s
 
 
 def fit(measured: Sequence[Measured], start: CostModel, p2p: bool, rounds: int = 8) -> CostModel:

@@ -11,12 +11,10 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import chain, permutations
-from typing import Any
 
 import numpy as np
 
-#: Ranks, or numbers of chunks.
-Ints = np.ndarray[Any, np.dtype[np.int64]]
+from dsml_gpu.schedules.topology import Ints
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -44,6 +42,10 @@ class Pattern:
         """Number of transfers of single chunks."""
         return int(self.each.sum())
 
+    def turned_round(self, reduce: bool) -> Pattern:
+        """Every transfer back to where it came from."""
+        return Pattern(self.dst, self.src, self.chunks, reduce)
+
     def written_out(self) -> Iterator[tuple[int, int, int]]:
         """(src, dst, chunks) of each pair."""
         return zip(self.src.tolist(), self.dst.tolist(), self.each.tolist(), strict=True)
@@ -62,6 +64,10 @@ class Everybody:
         """Number of transfers of single chunks."""
         return self.nranks * (self.nranks - 1) * self.chunks
 
+    def turned_round(self, reduce: bool) -> Everybody:
+        """Every transfer back to where it came from."""
+        return Everybody(self.nranks, self.chunks, reduce)
+
     def written_out(self) -> Iterator[tuple[int, int, int]]:
         """(src, dst, chunks) of each pair."""
         return ((src, dst, self.chunks) for src, dst in permutations(range(self.nranks), 2))
@@ -78,11 +84,6 @@ class Round:
 
     patterns: tuple[Pattern | Everybody, ...]
     repeat: int = 1
-
-    @property
-    def pairs(self) -> tuple[Pattern, ...]:
-        """The patterns that are given by pairs."""
-        return tuple(pattern for pattern in self.patterns if isinstance(pattern, Pattern))
 
 
 #: One after the other.

@@ -9,10 +9,9 @@ from typing import Any
 import numpy as np
 
 from dsml_gpu.schedules.cost_model import LINKS_ONLY, CostModel, Costs
-from dsml_gpu.schedules.outline import Everybody, Ints, Outline, Pattern, Round, Rounds
-from dsml_gpu.schedules.topology import Topology
+from dsml_gpu.schedules.outline import Everybody, Outline, Pattern, Round, Rounds
+from dsml_gpu.schedules.topology import Floats, Ints, Topology
 
-Floats = np.ndarray[Any, np.dtype[np.float64]]
 #: Seconds, of one transport.
 Cost = Callable[[Costs], float]
 
@@ -115,11 +114,11 @@ class Meter:
         if self.processors_are_free:
             return seconds
         patterns = [pattern for round_ in outline.rounds for pattern in round_.patterns]
+        pairs = [pattern.src * outline.nranks + pattern.dst for pattern in patterns if isinstance(pattern, Pattern)]
         opening = _Count(self)
-        if any(isinstance(pattern, Everybody) for pattern in patterns):
+        if len(pairs) < len(patterns):
             opening.add_streams(Everybody(outline.nranks, 1, False))
-        elif patterns:
-            pairs = [pattern.src * outline.nranks + pattern.dst for round_ in outline.rounds for pattern in round_.pairs]
+        elif pairs:
             src, dst = np.divmod(np.unique(np.concatenate(pairs)), outline.nranks)
             opening.add_streams(Pattern(src, dst, 1, False))
         return seconds + opening.load().seconds(1, 0)

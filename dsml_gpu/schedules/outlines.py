@@ -16,7 +16,7 @@ from dsml_gpu.schedules.double_binary_tree import double_binary_tree_all_reduce
 from dsml_gpu.schedules.halving_doubling import halving_doubling_all_reduce
 from dsml_gpu.schedules.hierarchical import hierarchical_all_reduce
 from dsml_gpu.schedules.naive import naive_all_reduce
-from dsml_gpu.schedules.outline import Everybody, Ints, Outline, Pattern, Round, Rounds
+from dsml_gpu.schedules.outline import Everybody, Outline, Pattern, Round, Rounds
 from dsml_gpu.schedules.recursive_doubling import (
     distances,
     fold,
@@ -24,6 +24,7 @@ from dsml_gpu.schedules.recursive_doubling import (
     recursive_doubling_all_reduce,
 )
 from dsml_gpu.schedules.scatter_all_gather import scatter_all_gather_broadcast
+from dsml_gpu.schedules.topology import Ints
 
 
 def has_outline(algorithm: Algorithm) -> bool:
@@ -77,7 +78,7 @@ def _ring_all_gather(nranks: int) -> Outline:
 def _turned_round(rounds: Rounds, *, reduce: bool) -> Rounds:
     """The last first, and every transfer back to where it came from."""
     return tuple(
-        Round(tuple(Pattern(one.dst, one.src, one.chunks, reduce) for one in round_.pairs), round_.repeat)
+        Round(tuple(pattern.turned_round(reduce) for pattern in round_.patterns), round_.repeat)
         for round_ in reversed(rounds)
     )
 

@@ -14,7 +14,8 @@ A chunk is cut into slices, and every slice is a message. On its way from rank t
 
 Processor time comes behind the device's link, as in the servers where they emulate it; with links in hardware it comes
 before, which takes as long. A process has one thread for all its work, first come, first served, and a host's threads share
-its cores. Where a receiver does not take what was sent, the sender stops when too much is on its way.
+its cores. Where a receiver does not take what was sent, the sender stops when too much is on its way. Buffers are in place:
+out of place, where data is kept where it was, some waits are shorter.
 """
 
 from __future__ import annotations
@@ -47,7 +48,7 @@ class Prediction:
         busy_s: processor time that each process needs, by process.
         link_bytes: what each link of limited bandwidth carried, by its name; idle ones are left out.
         least_s: what the control messages and the busiest link, process or host need.
-        messages: how many were sent.
+        messages: how many were simulated.
         slice_bytes: into which chunks were cut: more than was asked for where there would have been too many messages.
     """
 
@@ -77,7 +78,7 @@ def simulate(
             so that a chunk is still two of them. Larger slices reach the end of a chain of ranks later: by their length,
             for each rank on the way. So times are taken with slices of two sizes, and a straight line through them goes to
             the size that was asked for, but not below what the busiest link or process needs. Where the way of the data
-            does not depend on the size of slices, this is exact; tests find 5 % too much or too little elsewhere.
+            does not depend on the size of slices, this is exact; elsewhere tests find up to a tenth too much or too little.
 
     Raises:
         ValueError: the topology has another number of ranks, or the blocks another number of sizes.
@@ -162,7 +163,7 @@ class _Run:
         assert self._applied == work.nmessages, "a proved schedule ends"
         on_links_s = np.array(self._carried) * topology.byte_times_s
         return Prediction(
-            time_s=work.control_s + max(self._finish_s),
+            time_s=work.control_s + processors.now_s,
             rank_finish_s=tuple(work.control_s + seconds for seconds in self._finish_s),
             busy_s=processors.busy_s(),
             link_bytes={topology.link_name(number): carried for number, carried in enumerate(self._carried) if carried},

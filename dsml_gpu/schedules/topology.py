@@ -15,8 +15,8 @@ from typing import Any
 
 import numpy as np
 
-Ranks = np.ndarray[Any, np.dtype[np.int64]]
-Numbers = np.ndarray[Any, np.dtype[np.float64]]
+Ints = np.ndarray[Any, np.dtype[np.int64]]
+Floats = np.ndarray[Any, np.dtype[np.float64]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +45,7 @@ class Link:
 
 @dataclass(frozen=True)
 class Topology:
-    """Ranks on hosts, and the links between them. Links have numbers, which `link_names` gives names to.
+    """Ranks on hosts, and the links between them. Links have numbers, which `link_name` gives names to.
 
     Attributes:
         host_of: the host of each rank, as numbers from 0.
@@ -104,23 +104,23 @@ class Topology:
         return 2 * self.nranks + 3 * self.nhosts + 1
 
     @cached_property
-    def hosts(self) -> Ranks:
+    def hosts(self) -> Ints:
         """`host_of` as an array."""
         return np.array(self.host_of)
 
     @cached_property
-    def processes(self) -> Ranks:
+    def processes(self) -> Ints:
         """The process of each rank, as an array."""
         return np.array(self.process_of) if self.process_of else np.arange(self.nranks)
 
     @cached_property
-    def latencies_s(self) -> Numbers:
+    def latencies_s(self) -> Floats:
         """Of each link, by number; what leads into a host or a device has none: the way out of the other one has had it."""
         devices = [link.latency_s for link in self.devices] or [0.0] * self.nranks
         return self._by_number(devices, [0.0] * self.nranks, self.inside.latency_s, self.nic.latency_s, 0.0, 0.0)
 
     @cached_property
-    def byte_times_s(self) -> Numbers:
+    def byte_times_s(self) -> Floats:
         """Time that a byte takes on each link, by number; 0 where it is not limited."""
         devices = [link.byte_s for link in self.devices] or [0.0] * self.nranks
         nic_s = self.nic.byte_s
@@ -129,7 +129,7 @@ class Topology:
 
     def _by_number(
         self, out: list[float], into: list[float], inside: float, nic_out: float, nic_in: float, core: float
-    ) -> Numbers:
+    ) -> Floats:
         of_hosts = [np.full(self.nhosts, value) for value in (inside, nic_out, nic_in)]
         return np.concatenate([np.array(out), np.array(into), *of_hosts, np.array([core])])
 
@@ -138,7 +138,7 @@ class Topology:
         inside = 2 * self.nranks
         return inside, inside + self.nhosts, inside + 2 * self.nhosts, inside + 3 * self.nhosts
 
-    def paths(self, src: Ranks, dst: Ranks) -> tuple[Ranks, Ranks]:
+    def paths(self, src: Ints, dst: Ints) -> tuple[Ints, Ints]:
         """The links that messages cross between pairs of ranks.
 
         Returns:

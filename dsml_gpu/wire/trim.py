@@ -1,7 +1,8 @@
-"""Giving memory back to the system after large messages.
+"""Keeping memory of messages for the next ones, and giving it back to the system when many have passed.
 
 gRPC takes and frees the memory of a message in many pieces, and glibc keeps most of it for the process: after copies of
-1 GiB a server would hold on to hundreds of MiB that it does not use.
+1 GiB a server would hold on to hundreds of MiB that it does not use. A slice of a collective, on the other hand, glibc may
+give back to the system and take from it again each time, page by page.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import ctypes
 from collections.abc import Callable
+from typing import Any
 
 #: So many bytes of messages may pass before memory is given back.
 _TRIM_AFTER_BYTES = 64 << 20
@@ -18,14 +20,28 @@ _TRIM_WITHIN_BYTES = 256 << 20
 _DELAY_S = 0.2
 
 
-def _find_malloc_trim() -> Callable[[int], int] | None:
+#: Parameters of glibc's mallopt, and what a server sets them to: freed pieces of up to so many bytes are kept for the next
+#: ones, and so much at the end of the heap. Eight ranks of a ring over gRPC on two cores need 1.77 instead of 1.99 ns of
+#: processor time for a byte (slices of 512 KiB), and a quarter of the page faults. With more, memory comes back too late.
+_KEPT = {-3: 4 << 20, -1: 16 << 20}  # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD
+
+
+def _glibc(name: str) -> Any:
     try:
-        return ctypes.CDLL(None).malloc_trim
+        return getattr(ctypes.CDLL(None), name)
     except (AttributeError, OSError):  # not glibc: macOS, musl
         return None
 
 
-_malloc_trim = _find_malloc_trim()
+_malloc_trim: Callable[[int], int] | None = _glibc("malloc_trim")
+
+
+def keep_freed_memory() -> None:
+    """Lets this process keep freed memory until `MessageMemory` gives it back. For processes that are servers only."""
+    mallopt = _glibc("mallopt")
+    if mallopt is not None:
+        for parameter, nbytes in _KEPT.items():
+            mallopt(parameter, nbytes)
 
 
 class MessageMemory:

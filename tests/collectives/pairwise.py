@@ -22,7 +22,7 @@ def covering_rows(factors: Mapping[str, Sequence[Any]]) -> list[dict[str, Any]]:
     rows = []
     while missing:
         row = dict(next(iter(missing)))
-        for name in sorted(factors.keys() - row.keys(), key=[*factors].index):
+        for name in [name for name in factors if name not in row]:
 
             def merit(value: int, name: str = name, row: dict[str, int] = row) -> tuple[int, int]:
                 new = sum(_pair(factors, (name, value), other) in missing for other in row.items())

@@ -285,7 +285,7 @@ def _overlaps() -> Iterator[Case]:
         "the second one first": (2, [send_recv(0, 2, at, at + 4), send_recv(1, 2, at, at)]),
         "to itself": (3, [send_recv(3, 3, at, at + 4)]),
         "into what stays": (3, [send_recv(3, 3, at, at), send_recv(0, 3, at, at)]),
-        "behind a small one": (
+        "two sources in a destination": (
             0,
             [
                 send_recv(1, 0, at, at, 64),

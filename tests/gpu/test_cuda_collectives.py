@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from contextlib import suppress
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -12,10 +13,13 @@ import pytest
 from dsml_gpu.errors import DsmlError, InternalError
 from dsml_gpu.memory.backend import NUMPY, Backend, select_backends
 from dsml_gpu.reduction import DTYPES
+from dsml_gpu.schedules import Algorithm
 from dsml_gpu.transport.p2p import PipeTable
 from dsml_gpu.wire import gpu_sim_pb2 as pb
 from tests.collectives.checks import ALGORITHMS, OPS, check, expected, inputs_for
+from tests.collectives.groups import BY_ALGORITHM, cases_of, check_group
 from tests.collectives.harness import all_reduce_request, ranks, read, write
+from tests.collectives.oracle import REDUCING
 
 ARENA_BYTES = 4 << 20
 BOTH = pytest.mark.parametrize("transport", [pb.P2P, pb.GRPC], ids=["p2p", "grpc"])
@@ -190,5 +194,20 @@ def test_groups_and_copies_keep_their_order(gpu: Any, transport: int) -> None:
                 for device in world.devices:
                     total = set(await read(device.arena, 0, DTYPES["FLOAT64"], count))
                     assert total == {(10.0 + 4 * round_) * 4 * 4}
+
+    asyncio.run(scenario())
+
+
+@BOTH
+@BY_ALGORITHM
+def test_every_algorithm_of_every_collective(gpu: Any, algorithm: Algorithm, transport: int) -> None:
+    """Out of place, in place, through memory of nobody's, weighted: what is not in order on the streams gives wrong bits."""
+
+    async def scenario() -> None:
+        async with ranks(4, transport, backends=cuda(), memory_bytes=ARENA_BYTES) as world:
+            cases = list(cases_of(algorithm, 4, [3001], [DTYPES["FLOAT32"], DTYPES["BFLOAT16"]], ["SUM", "AVG"]))
+            if algorithm.collective in REDUCING:
+                cases += [replace(case, weights=(1.0, 2.0, 0.5, 1.0)) for case in cases if case.op == "SUM"]
+            await check_group(world, cases)
 
     asyncio.run(scenario())

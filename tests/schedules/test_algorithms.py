@@ -116,7 +116,7 @@ def test_names_are_unique_and_every_collective_has_algorithms() -> None:
         assert list(algorithms_of(collective)) == [one.name for one in ALGORITHMS if one.collective == collective]
 
 
-# ---- what the literature says of them; messages and data of each rank are in `test_counts` ----------------------------------
+# ---- what the literature says of them; messages and data of each rank are in `test_counts` --------------------------------
 
 
 def rounds(nranks: int) -> int:

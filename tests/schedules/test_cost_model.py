@@ -48,7 +48,7 @@ def without(content: dict[str, Any], key: str) -> dict[str, Any]:
         (json.dumps(VALID | {"p2p": 3}), "p2p must be a JSON object, not 3"),
         (json.dumps(VALID | {"p2p": without(VALID["p2p"], "stream_s")}), "p2p lacks stream_s"),
         (json.dumps(VALID | {"grpc": VALID["grpc"] | {"stream_ms": 1}}), "grpc has unknown stream_ms"),
-        (json.dumps(VALID | {"grpc": VALID["grpc"] | {"rank_s": -1}}), "grpc: rank_s must be .* from 0 up, not -1"),
+        (json.dumps(VALID | {"grpc": VALID["grpc"] | {"rank_s": -1}}), "grpc: rank_s must be .* from 0 to, not -1"),
         (json.dumps(VALID | {"grpc": VALID["grpc"] | {"rank_s": "1"}}), "grpc: rank_s must be .*, not '1'"),
         (json.dumps(VALID | {"grpc": VALID["grpc"] | {"rank_s": True}}), "grpc: rank_s must be .*, not True"),
         (json.dumps(VALID | {"grpc": VALID["grpc"] | {"rank_s": math.nan}}), "grpc: rank_s must be .*, not nan"),
@@ -62,5 +62,5 @@ def test_what_is_no_cost_model_is_refused(text: str, said: str) -> None:
 @pytest.mark.parametrize("value", [-1e-9, math.inf, math.nan])
 @pytest.mark.parametrize("name", [field.name for field in fields(Costs)])
 def test_costs_are_finite_and_not_negative(name: str, value: float) -> None:
-    with pytest.raises(ValueError, match=f"{name} must be a number of seconds from 0 up"):
+    with pytest.raises(ValueError, match=f"{name} must be a number of seconds from 0 to "):
         replace(LINKS_ONLY.grpc, **{name: value})

@@ -74,6 +74,11 @@ def test_nothing_to_send_takes_no_time() -> None:
     assert (nothing.time_s, nothing.messages) == (0, 0)
 
 
+def test_streams_are_opened_also_for_nothing() -> None:
+    costs = model_of(replace(FREE, operation_s=10.0, stream_s=1.0))
+    assert simulate(broadcast((0, 1), (1, 2)), 0, on_one_host(3), costs).time_s == pytest.approx(12.0)
+
+
 @pytest.mark.parametrize("senders", [2, 3, 5])
 def test_senders_share_the_receivers_link(senders: int) -> None:
     """Each has a link of its own, so all arrive together, and the receiver's takes one after the other."""
@@ -297,38 +302,11 @@ def test_blocks_of_different_sizes() -> None:
     assert prediction.rank_finish_s == pytest.approx((1e-3, 1e-3 + LATENCY_S, 5e-3, 5e-3 + LATENCY_S))
 
 
-# ---- larger slices ------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(("hops", "max_messages"), [(1, 3), (1, 200), (4, 16), (4, 100), (9, 18)])
-def test_larger_slices_take_as_long_as_those_that_they_stand_for(hops: int, max_messages: int) -> None:
-    chain = broadcast(*((rank, rank + 1) for rank in range(hops)))
-    exact = links_only(chain, 1024 * KB, slice_bytes=KB)
-    coarse = links_only(chain, 1024 * KB, slice_bytes=KB, max_messages=max_messages)
-    assert coarse.slice_bytes > KB
-    assert coarse.messages <= 1.5 * max_messages
-    assert coarse.time_s == pytest.approx(exact.time_s)
-    assert coarse.rank_finish_s[1:] == pytest.approx(exact.rank_finish_s[1:])
-
-
-@pytest.mark.parametrize("nranks", [2, 5, 16])
-def test_larger_slices_are_never_faster_than_the_links(nranks: int) -> None:
-    """A ring hides the latency when a chunk is two slices, and not when it is one: a straight line would go astray."""
-    exact, coarse = (
-        links_only(all_reduce("ring", nranks), nranks * 128 * KB, slice_bytes=KB, max_messages=limit) for limit in (10**6, 1)
-    )
-    assert coarse.messages == 2 * (nranks - 1) * nranks * 3  # two slices for a chunk, then one
-    assert coarse.time_s == pytest.approx(exact.time_s, rel=1e-3)
-    assert coarse.time_s >= exact.least_s
-
-
-def test_larger_slices_cost_as_much_as_those_that_they_stand_for() -> None:
-    costs = model_of(replace(FREE, message_s=1.0))
-    busy = [
-        simulate(broadcast((0, 1)), 64 * KB, on_one_host(2), costs, slice_bytes=KB, max_messages=limit).busy_s
-        for limit in (64, 16, 2)
-    ]
-    assert busy == [pytest.approx({0: 64.0, 1: 64.0})] * 3
+def test_a_sender_stops_when_too_much_is_on_its_way() -> None:
+    """4 MiB, which is 8 slices: the last of 32 leaves when the receiver, who takes a second for each, has taken 24."""
+    costs = model_of(replace(FREE, recv_byte_s=1 / (512 << 10)))
+    prediction = simulate(broadcast((0, 1)), 32 * 512 << 10, on_one_host(2, link=Link()), costs)
+    assert prediction.rank_finish_s == pytest.approx((24.0, 32.0))
 
 
 # ---- properties ---------------------------------------------------------------------------------------------------------
