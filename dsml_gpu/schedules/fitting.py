@@ -13,7 +13,7 @@ from dsml_gpu.schedules.simulator import simulate
 from dsml_gpu.schedules.topology import Topology
 
 #: What counts as nothing, in seconds and in seconds for a byte: where a constant is 0, the fit begins here.
-_LEAST = {field.name: 1e-12 if field.name.endswith("_byte_s") else 1e-7 for field in fields(Costs)}
+_LEAST = {field.name: 2e-11 if field.name.endswith("_byte_s") else 1e-7 for field in fields(Costs)}
 #: By how much a constant is changed, as a logarithm, to see what it does.
 _PROBE = 0.05
 #: Weight of staying near the constants that the fit begins with: they decide only where the measurements do not.
@@ -47,7 +47,7 @@ class Measured:
         ).time_s
 
 
-def fit(measured: Sequence[Measured], start: CostModel, p2p: bool, rounds: int = 8) -> CostModel:
+def fit(measured: Sequence[Measured], start: CostModel, p2p: bool, rounds: int = 12) -> CostModel:
     """The model that comes nearest to the measurements, with other constants for one transport.
 
     Least squares over the logarithms of predicted by measured time, so that a part is as wrong whatever it is a part of,

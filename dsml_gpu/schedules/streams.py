@@ -147,6 +147,9 @@ def work_of(
     cells = _Cells([len(cut) for cut in cuts])
     streams: dict[tuple[int, int], Stream] = {}
     for step in schedule.steps:
+        senders_to: dict[int, set[int]] = defaultdict(set)
+        for transfer in step:
+            senders_to[transfer.dst].add(transfer.src)
         before = [cells.begin_read(transfer.src, transfer.chunk) for transfer in step]
         for transfer, gate_writes in zip(step, before, strict=True):
             pair = (transfer.src, transfer.dst)
@@ -157,7 +160,8 @@ def work_of(
             reads_before, writes_before = cells.begin_write(transfer.dst, transfer.chunk)
             cut = cuts[transfer.chunk]
             last = len(cut) - 1
-            seconds = _Seconds(model.costs(stream.p2p), stream.p2p, transfer.reduce, slice_bytes)
+            others = len(senders_to[transfer.dst]) - 1
+            seconds = _Seconds(model.costs(stream.p2p), stream.p2p, transfer.reduce, others, slice_bytes)
             for index, nbytes in enumerate(cut):
                 gate = first_src + (last if schedule.store_and_forward else index)
                 stream.unsent.append(
@@ -187,10 +191,15 @@ def work_of(
 
 
 class _Seconds:
-    """Processor time of a transfer's messages."""
+    """Processor time of a transfer's messages.
 
-    def __init__(self, costs: Costs, p2p: bool, reduce: bool, slice_bytes: int) -> None:
+    Args:
+        others: ranks that send to the same receiver in the same step.
+    """
+
+    def __init__(self, costs: Costs, p2p: bool, reduce: bool, others: int, slice_bytes: int) -> None:
         self._costs = costs
+        self._recv_byte_s = costs.recv_byte_s + others * costs.meet_byte_s
         self._keep_byte_s = costs.copy_byte_s if p2p else 0.0
         self._combine_byte_s = costs.combine_byte_s(reduce)
         self._slice_bytes = slice_bytes
@@ -201,7 +210,7 @@ class _Seconds:
         message_s = costs.message_s * -(-nbytes // self._slice_bytes)
         return (
             message_s + costs.send_byte_s * nbytes,
-            message_s + costs.recv_byte_s * nbytes,
+            message_s + self._recv_byte_s * nbytes,
             self._keep_byte_s * nbytes,
             self._combine_byte_s * nbytes,
         )

@@ -23,6 +23,7 @@ TRUTH = Costs(
     recv_byte_s=0.7e-9,
     reduce_byte_s=4e-10,
     copy_byte_s=2e-10,
+    meet_byte_s=1e-10,
 )
 
 

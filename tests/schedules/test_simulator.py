@@ -284,6 +284,16 @@ def test_what_is_kept_of_another_ranks_memory_is_copied() -> None:
     assert prediction.time_s == pytest.approx(1.0 + 2 * 10.0)
 
 
+def test_who_receives_from_several_at_a_time_needs_longer() -> None:
+    """Two ranks send to a third one in one step, or one after the other."""
+    to_root = Transfer(1, 0, 0, reduce=True), Transfer(2, 0, 0, reduce=True)
+    costs = model_of(replace(FREE, recv_byte_s=1e-3, meet_byte_s=1e-2))
+    together = simulate(Schedule("reduce", "test", 3, 1, (to_root,)), KB, on_one_host(3, link=Link()), costs)
+    apart = simulate(Schedule("reduce", "test", 3, 1, tuple((t,) for t in to_root)), KB, on_one_host(3, link=Link()), costs)
+    assert together.time_s == pytest.approx(2 * (1.0 + 10.0))
+    assert apart.time_s == pytest.approx(2 * 1.0)
+
+
 def test_a_stream_is_first_in_first_out() -> None:
     """Rank 0 has block 0 only when it came from 2, and block 1 at once; to rank 1 it sends them in the program's order."""
     steps = ((Transfer(2, 0, 0),), (Transfer(0, 1, 0), Transfer(0, 1, 1)))
