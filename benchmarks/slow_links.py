@@ -30,6 +30,8 @@ from dsml_gpu.wire import gpu_sim_pb2 as pb
 
 #: Emulated, and faster than any machine is.
 FAST_LINK = ["--link-bandwidth", "1Tbit/s", "--link-latency", "1us"]
+#: Bytes of each rank's buffer to which the cost model is fitted: what is predicted is large.
+FITTED_TO = (1 << 20, 4 << 20, 16 << 20)
 #: How far a prediction may be from the measured time, as a part of it.
 TOLERANCE = 0.15
 #: Naive moves all of N times the data over one link, ring none: so much of N must be seen from this many ranks on.
@@ -67,7 +69,7 @@ def main() -> int:
     cut = ["--slice", options.slice]
 
     with Fleet(max(numbers), [*FAST_LINK, *cut]) as fleet, connect(fleet.address) as client:
-        model = fitted_model(client, Setup(fleet.address, slice_bytes=parse_size(options.slice)))
+        model = fitted_model(client, Setup(fleet.address, sizes=FITTED_TO, slice_bytes=parse_size(options.slice)))
     print(
         f"all-reduce of {format_size(options.size)} float64 over links of {options.link_bandwidth} and "
         f"{options.link_latency}, slices of {options.slice}, medians of {options.repeat} runs in turn\n"

@@ -370,9 +370,9 @@ def tune(
     keep: Annotated[bool, typer.Option(help="Make the coordinator choose by the result.")] = True,
 ) -> None:
     """Measure a running fleet, so that algorithm "auto" chooses by what it can do."""
-    from dsml_gpu.cli.tune import Setup, run
+    from dsml_gpu.cli.tune import SIZES, Setup, run
 
-    run(Setup(target, ranks, max_size), output, keep)
+    run(Setup(target, ranks, tuple(size for size in SIZES if size <= max_size)), output, keep)
 
 
 @app.command()
@@ -380,7 +380,7 @@ def explain(
     size: Annotated[
         int, typer.Option(parser=parse_size, metavar="SIZE", help="Bytes of a rank's largest buffer, for example 4MiB.")
     ] = "4MiB",  # type: ignore[assignment]
-    ranks: Annotated[int, typer.Option(min=1, max=64, help="Number of ranks.")] = 4,
+    ranks: Annotated[int, typer.Option(min=1, max=256, help="Number of ranks.")] = 4,
     collective: Annotated[str, typer.Option(metavar="NAME", help="all_reduce, broadcast, all_to_all ...")] = "all_reduce",
     root: Annotated[int, typer.Option(min=0, help="Of a collective that has one.")] = 0,
     target: Annotated[

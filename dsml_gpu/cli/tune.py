@@ -40,13 +40,13 @@ class Setup:
     Attributes:
         target: host:port of the coordinator.
         max_ranks: of the largest communicator that is measured; 0: all devices.
-        max_bytes: of the largest buffer.
+        sizes: bytes of each rank's buffer.
         slice_bytes: into which the devices cut chunks.
     """
 
     target: str
     max_ranks: int = 0
-    max_bytes: int = SIZES[-1]
+    sizes: tuple[int, ...] = SIZES
     slice_bytes: int = 512 << 10
 
 
@@ -111,7 +111,6 @@ def communicator_sizes(ndevices: int, max_ranks: int) -> list[int]:
 def measure(client: Client, setup: Setup, console: Console) -> list[Probe]:
     """Measures all probes on all numbers of ranks, with a bar."""
     devices = client.devices()
-    sizes = [size for size in SIZES if size <= setup.max_bytes]
     ranks = communicator_sizes(len(devices), setup.max_ranks)
     if not ranks:
         fail(f"tuning needs at least 2 devices; the coordinator at {setup.target} has {len(devices)}")
@@ -121,16 +120,16 @@ def measure(client: Client, setup: Setup, console: Console) -> list[Probe]:
     ) as bar:
         task = bar.add_task("measuring", total=None)
         worlds = [(nranks, transport) for nranks in ranks for transport in ("auto", "grpc")]
-        bar.update(task, total=len(worlds) * len(sizes))
+        bar.update(task, total=len(worlds) * len(setup.sizes))
         for nranks, transport in worlds:
             ids = [device.device_id for device in devices[:nranks]]
             with client.communicator(device_ids=ids, transport=transport) as comm:
                 metadata = [device.metadata for device in comm.devices]
                 topology = topology_of(metadata, TRANSPORTS[transport])
                 if transport == "grpc" and topology == topology_of(metadata, TRANSPORTS["auto"]):
-                    bar.advance(task, len(sizes))  # it is what auto has measured
+                    bar.advance(task, len(setup.sizes))  # it is what auto has measured
                     continue
-                for size in sizes:
+                for size in setup.sizes:
                     bar.update(task, description=f"{nranks} ranks, {transport}, {format_size(size)}")
                     probes += measure_size(comm, topology, size, setup.slice_bytes)
                     bar.advance(task)

@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 
 from dsml_gpu.client.arrays import Device, DeviceArray
-from dsml_gpu.client.collectives import TRANSPORTS, CollectiveResult, Collectives, lookup, result_of
+from dsml_gpu.client.collectives import TRANSPORTS, Collectives, lookup
+from dsml_gpu.client.results import CollectiveResult, result_of
 from dsml_gpu.client.rpc import CoordinatorConnection
 from dsml_gpu.errors import CommNotFound, DsmlError, InvalidValue, RankMismatch
 from dsml_gpu.wire import gpu_sim_pb2 as pb

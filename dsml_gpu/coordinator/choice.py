@@ -19,8 +19,6 @@ from dsml_gpu.wire import gpu_sim_pb2 as pb
 _MAX_REMEMBERED = 4096
 #: Messages of a simulation; above it slices are taken together, which costs accuracy where it does not matter.
 _MAX_MESSAGES = 4000
-#: Above so many ranks a simulation of each algorithm would take longer than what it saves.
-_MAX_SIMULATED_RANKS = 32
 
 
 @dataclass(frozen=True, slots=True)

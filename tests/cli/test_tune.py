@@ -36,7 +36,7 @@ def test_a_fleet_is_measured_and_chooses_by_it(coordinator: ServerProcess, model
     output = tmp_path / "model.json"
     result = run("tune", "--target", coordinator.address, "--max-size", "64KiB", "-o", str(output))
     assert result.exit_code == 0, result.output
-    for words in ("p2p", "grpc", "recursive_doubling", "64 KiB", "half of the predictions are within"):
+    for words in ("p2p", "grpc", "recursive_doubling", "32 KiB", "half of the predictions are within"):
         assert words in result.output
     found = CostModel.from_json(output.read_text())
     # Both transports were measured, and neither is what it was before.
