@@ -12,18 +12,23 @@ import ctypes
 from collections.abc import Callable
 from typing import Any
 
-#: So many bytes of messages may pass before memory is given back.
+#: Memory is given back when at least so many bytes of messages have passed...
 _TRIM_AFTER_BYTES = 64 << 20
-#: In the middle of a call, which may be a stream of any length, so many.
+#: ... and then none for so long: what one of many operations has freed the next one takes, without a page fault...
+_IDLE_S = 0.2
+#: ... and once more after this time, for what gRPC's threads freed late.
+_AGAIN_S = 2.0
+#: Where messages never pause, memory is given back each time that so many bytes have passed.
 _TRIM_WITHIN_BYTES = 256 << 20
-#: The last pieces are freed a little after a call has ended, and a burst of calls needs one trim, not one each.
-_DELAY_S = 0.2
 
 
-#: Parameters of glibc's mallopt, and what a server sets them to: freed pieces of up to so many bytes are kept for the next
-#: ones, and so much at the end of the heap. Eight ranks of a ring over gRPC on two cores need 1.77 instead of 1.99 ns of
-#: processor time for a byte (slices of 512 KiB), and a quarter of the page faults. With more, memory comes back too late.
-_KEPT = {-3: 4 << 20, -1: 16 << 20}  # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD
+#: Parameters of glibc's mallopt, and what a server sets them to. Freed pieces of up to 4 MiB are kept for the next ones, and
+#: 16 MiB at the end of the heap: eight ranks of a ring over gRPC on two cores need 1.77 instead of 1.99 ns of processor time
+#: for a byte (slices of 512 KiB), and a quarter of the page faults. And there is one heap, not one for each few threads: what
+#: gRPC frees in one thread it takes in another, and each heap would keep its own share (35 MiB in all after copies of 128 MiB,
+#: instead of 6).
+_M_MMAP_THRESHOLD, _M_TRIM_THRESHOLD, _M_ARENA_MAX = -3, -1, -8
+_KEPT = {_M_MMAP_THRESHOLD: 4 << 20, _M_TRIM_THRESHOLD: 16 << 20, _M_ARENA_MAX: 1}
 
 
 def _glibc(name: str) -> Any:
@@ -37,7 +42,10 @@ _malloc_trim: Callable[[int], int] | None = _glibc("malloc_trim")
 
 
 def keep_freed_memory() -> None:
-    """Lets this process keep freed memory until `MessageMemory` gives it back. For processes that are servers only."""
+    """Lets this process keep freed memory until `MessageMemory` gives it back. For processes that are servers only.
+
+    To be called before there are threads: heaps that exist stay.
+    """
     mallopt = _glibc("mallopt")
     if mallopt is not None:
         for parameter, nbytes in _KEPT.items():
@@ -50,33 +58,46 @@ class MessageMemory:
     def __init__(self) -> None:
         self._passed = 0
         self._since_trim = 0
+        self._last_s = 0.0
         self._timer: asyncio.TimerHandle | None = None
 
     def count(self, nbytes: int) -> None:
         """A message of so many bytes came or went."""
         self._passed += nbytes
         self._since_trim += nbytes
-        # One that is due already is not put off: messages may come faster than it.
-        if self._since_trim >= _TRIM_WITHIN_BYTES and self._timer is None:
-            self._trim_soon()
+        self._busy()
+        if self._since_trim >= _TRIM_WITHIN_BYTES:
+            self._trim()
 
     def call_ended(self) -> None:
         """A call is over; what its messages took can go."""
-        # Also where a trim in its middle has come just before: the last messages were under way then.
-        if self._passed >= _TRIM_AFTER_BYTES:
-            self._passed = 0
-            self._trim_soon()
+        self._busy()
 
-    def _trim_soon(self) -> None:
-        self._since_trim = 0
-        if _malloc_trim is None:
+    def _busy(self) -> None:
+        if self._passed < _TRIM_AFTER_BYTES:
             return
-        if self._timer is not None:
-            self._timer.cancel()
-        loop = asyncio.get_running_loop()
-        self._timer = loop.call_later(_DELAY_S, self._trim, loop, _malloc_trim)
+        # Only noted: a timer made anew for each message would cost more than the rest of this class.
+        self._last_s = asyncio.get_running_loop().time()
+        if self._timer is None:
+            self._look_in(_IDLE_S)
 
-    def _trim(self, loop: asyncio.AbstractEventLoop, malloc_trim: Callable[[int], int]) -> None:
-        self._timer = None
-        # In a thread: it takes some 0.1 s after 1 GiB.
-        loop.run_in_executor(None, malloc_trim, 0)
+    def _look_in(self, delay_s: float) -> None:
+        self._timer = asyncio.get_running_loop().call_later(delay_s, self._look)
+
+    def _look(self) -> None:
+        remaining_s = self._last_s + _IDLE_S - asyncio.get_running_loop().time()
+        if remaining_s > 0:
+            self._look_in(remaining_s)
+            return
+        self._trim()
+        if self._passed:
+            self._passed = 0
+            self._look_in(_AGAIN_S)
+        else:
+            self._timer = None
+
+    def _trim(self) -> None:
+        self._since_trim = 0
+        if _malloc_trim is not None:
+            # In a thread: it takes some 0.1 s after 1 GiB.
+            asyncio.get_running_loop().run_in_executor(None, _malloc_trim, 0)

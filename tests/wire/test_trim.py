@@ -16,7 +16,8 @@ def trims(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Grows with each time that memory is given back."""
     calls: list[int] = []
     monkeypatch.setattr(trim, "_malloc_trim", calls.append)
-    monkeypatch.setattr(trim, "_DELAY_S", 0.01)
+    monkeypatch.setattr(trim, "_IDLE_S", 0.01)
+    monkeypatch.setattr(trim, "_AGAIN_S", 0.02)
     return calls
 
 
@@ -47,6 +48,36 @@ def test_the_end_of_a_call_gives_back_what_came_after_a_trim_in_its_middle(trims
         memory.count(MIB)
         memory.call_ended()
         await until_trimmed(trims, 2)
+
+    asyncio.run(scenario())
+
+
+def test_calls_that_follow_each_other_keep_what_the_one_before_has_freed(
+    trims: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(trim, "_IDLE_S", 5.0)
+
+    async def scenario() -> None:
+        memory = trim.MessageMemory()
+        memory.count(100 * MIB)
+        timer = memory._timer
+        for _ in range(3):
+            memory.call_ended()
+            memory.count(50 * MIB)
+        memory._look()  # as the timer does, before the pause has come
+        await asyncio.sleep(0)
+        assert not trims
+        assert timer is not memory._timer, "the timer was not set again"
+
+    asyncio.run(scenario())
+
+
+def test_what_is_freed_late_is_given_back_a_little_later(trims: list[int]) -> None:
+    async def scenario() -> None:
+        memory = trim.MessageMemory()
+        memory.count(64 * MIB)
+        await until_trimmed(trims, 2)
+        assert memory._timer is None, "an idle server goes on giving back"
 
     asyncio.run(scenario())
 
