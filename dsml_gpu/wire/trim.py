@@ -22,11 +22,11 @@ _AGAIN_S = 2.0
 _TRIM_WITHIN_BYTES = 256 << 20
 
 
-#: Parameters of glibc's mallopt, and what a server sets them to. Freed pieces of up to 4 MiB are kept for the next ones, and
-#: 16 MiB at the end of the heap: eight ranks of a ring over gRPC on two cores need 1.77 instead of 1.99 ns of processor time
-#: for a byte (slices of 512 KiB), and a quarter of the page faults. And there is one heap, not one for each few threads: what
-#: gRPC frees in one thread it takes in another, and each heap would keep its own share (35 MiB in all after copies of 128 MiB,
-#: instead of 6).
+#: Parameters of glibc's mallopt, and what a server sets them to. Freed pieces of up to 4 MiB are kept for the next ones,
+#: and 16 MiB at the end of the heap: eight ranks of a ring over gRPC on two cores need 1.77 instead of 1.99 ns of processor
+#: time for a byte (slices of 512 KiB), and a quarter of the page faults. And there is one heap, not one for each few
+#: threads: what gRPC frees in one thread it takes in another, and each heap would keep its own share (35 MiB in all after
+#: copies of 128 MiB, instead of 6).
 _M_MMAP_THRESHOLD, _M_TRIM_THRESHOLD, _M_ARENA_MAX = -3, -1, -8
 _KEPT = {_M_MMAP_THRESHOLD: 4 << 20, _M_TRIM_THRESHOLD: 16 << 20, _M_ARENA_MAX: 1}
 
