@@ -102,6 +102,10 @@ class CommNotReady(FailedPrecondition):
     refusal = "COMM_NOT_READY"
 
 
+class MemoryNotShared(FailedPrecondition):
+    refusal = "MEMORY_NOT_SHARED"
+
+
 class AmbiguousStream(FailedPrecondition):
     refusal = "AMBIGUOUS_STREAM"
 

@@ -14,7 +14,8 @@ from dsml_gpu.cli.serve import cost_model_or_exit, fail
 from dsml_gpu.cli.units import format_size
 from dsml_gpu.client import connect
 from dsml_gpu.client.collectives import TRANSPORTS
-from dsml_gpu.coordinator.choice import format_time, topology_of
+from dsml_gpu.coordinator.choice import format_time, time_of_passes_s, topology_of
+from dsml_gpu.coordinator.passes import ALGORITHM, Team, may_open_memory
 from dsml_gpu.device.service import usable_cores
 from dsml_gpu.errors import DsmlError
 from dsml_gpu.schedules import COLLECTIVES, Layout, Roles, Schedule, algorithms_of, chunk_bounds
@@ -58,6 +59,15 @@ class Setup:
             return [1]
         return [self.nbytes if layout is Layout.WHOLE else self.nbytes // self.nranks] * nblocks
 
+    @property
+    def bytes_of_passes(self) -> int:
+        """Bytes that are read and written where all ranks have each other's memory open."""
+        collective, roles = COLLECTIVES[self.collective], Roles(self.nranks, self.root)
+        return sum(
+            nbytes * (len(collective.holders(roles, block)) + len(collective.takers(roles, block)))
+            for block, nbytes in enumerate(self.block_bytes)
+        )
+
 
 def run(setup: Setup, target: str | None, cost_model_file: Path | None) -> None:
     """Prints the candidates. Exit status 1, with one line, where that is not possible.
@@ -67,22 +77,31 @@ def run(setup: Setup, target: str | None, cost_model_file: Path | None) -> None:
         cost_model_file: None: the coordinator's, or the default.
     """
     try:
+        team = None
         if target is None:
             model, topology = cost_model_or_exit(cost_model_file), _this_machine(setup.nranks)
-            where = "in processes of this machine"
+            where = "in processes of this machine, over gRPC"
         else:
-            model, topology = _of_coordinator(target, setup.nranks)
+            model, topology, team = _of_coordinator(target, setup.nranks)
             where = f"on devices of {target}"
             if cost_model_file is not None:
                 model = cost_model_or_exit(cost_model_file)
     except DsmlError as error:
         fail(str(error))
     ranked = rank_algorithms(algorithms_of(setup.collective).values(), setup.block_bytes, topology, model, root=setup.root)
-    Console().print(table(setup, ranked, topology, where))
+    console = Console()
+    console.print(table(setup, ranked, topology, where))
+    if team is not None and setup.collective != "barrier":
+        nbytes = setup.bytes_of_passes
+        predicted_s = time_of_passes_s(model, nbytes, len(team.workers(nbytes)))
+        console.print(
+            f"All these ranks can have each other's memory open, and where they do, {ALGORITHM} is chosen: by one pass over "
+            f"the memory, predicted {format_time(predicted_s)}."
+        )
 
 
 def table(setup: Setup, ranked: Sequence[Ranked], topology: Topology, where: str) -> Table:
-    """The candidates, the fastest first."""
+    """The candidates that send slices, the fastest first."""
     result = Table(
         title=f"{setup.collective} of {format_size(setup.nbytes)} on {setup.nranks} ranks {where}",
         title_justify="left",
@@ -124,9 +143,12 @@ def _this_machine(nranks: int) -> Topology:
     return Topology(host_of=(0,) * nranks, cores=(usable_cores(),))
 
 
-def _of_coordinator(target: str, nranks: int) -> tuple[CostModel, Topology]:
+def _of_coordinator(target: str, nranks: int) -> tuple[CostModel, Topology, Team | None]:
+    """Its cost model, where its first devices are, and who does the work if they can open each other's memory."""
     with connect(target) as client:
         devices = client.devices()
         if len(devices) < nranks:
             fail(f"{nranks} ranks need as many devices; the coordinator at {target} has {len(devices)}")
-        return client.cost_model(), topology_of([device.metadata for device in devices[:nranks]], TRANSPORTS["auto"])
+        metadata = [device.metadata for device in devices[:nranks]]
+        team = Team.of(metadata) if may_open_memory(metadata) else None
+        return client.cost_model(), topology_of(metadata, TRANSPORTS["auto"]), team

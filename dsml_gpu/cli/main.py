@@ -73,6 +73,13 @@ HostName = Annotated[
         "Default: the name of the machine.",
     ),
 ]
+ShareMemory = Annotated[
+    bool,
+    typer.Option(
+        "--share-memory/--no-share-memory",
+        help="Let processes of the same user on this host open the devices' memory, which is the fastest transport (p2p).",
+    ),
+]
 MetricsPort = Annotated[int | None, typer.Option(metavar="PORT", help="Serve Prometheus metrics on this port.")]
 Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Log more.")]
 UntilStdinCloses = Annotated[
@@ -125,6 +132,7 @@ def device(
     link_latency: LinkLatency = "0s",  # type: ignore[assignment]
     link_bandwidth: LinkBandwidth = None,
     host_name: HostName = None,
+    share_memory: ShareMemory = True,
     metrics_port: MetricsPort = None,
     until_stdin_closes: UntilStdinCloses = False,
     verbose: Verbose = False,
@@ -144,7 +152,9 @@ def device(
         min_addr=min_addr,
         backends=backends,
         max_message_bytes=max_message + serve.MESSAGE_OVERHEAD_BYTES,
-        transfers=serve.transfer_settings_or_exit(slice_bytes, stall_timeout, link_latency, link_bandwidth, host_name),
+        transfers=serve.transfer_settings_or_exit(
+            slice_bytes, stall_timeout, link_latency, link_bandwidth, host_name, share_memory
+        ),
     )
     serve.run(
         lambda: DeviceServer(config),
@@ -172,6 +182,7 @@ def coordinator(
     link_latency: LinkLatency = "0s",  # type: ignore[assignment]
     link_bandwidth: LinkBandwidth = None,
     host_name: HostName = None,
+    share_memory: ShareMemory = True,
     cost_model: Annotated[
         Path | None,
         typer.Option(
@@ -208,7 +219,9 @@ def coordinator(
             serve.cost_model_or_exit(cost_model),
             cost_model,
         ),
-        transfers=serve.transfer_settings_or_exit(slice_bytes, stall_timeout, link_latency, link_bandwidth, host_name),
+        transfers=serve.transfer_settings_or_exit(
+            slice_bytes, stall_timeout, link_latency, link_bandwidth, host_name, share_memory
+        ),
     )
     ready = serve.summary if context.info_name == "serve" else serve.line
     serve.run(

@@ -190,7 +190,12 @@ def transport_or_exit(name: str) -> int:
 
 
 def transfer_settings_or_exit(
-    slice_bytes: int, stall_timeout_s: float, link_latency_s: float, link_bytes_per_s: float | None, host_name: str | None
+    slice_bytes: int,
+    stall_timeout_s: float,
+    link_latency_s: float,
+    link_bytes_per_s: float | None,
+    host_name: str | None,
+    shares_memory: bool,
 ) -> TransferSettings:
     """See `TransferSettings`."""
     link = config_or_exit(LinkSettings, latency_s=link_latency_s, bytes_per_s=link_bytes_per_s or 0.0)
@@ -200,6 +205,7 @@ def transfer_settings_or_exit(
         stall_timeout_s=stall_timeout_s,
         link=link,
         host_name=host_name or "",
+        shares_memory=shares_memory,
     )
 
 

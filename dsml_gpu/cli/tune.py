@@ -19,6 +19,7 @@ from dsml_gpu.cli.units import format_size
 from dsml_gpu.client import Client, Communicator, connect
 from dsml_gpu.client.collectives import TRANSPORTS
 from dsml_gpu.coordinator.choice import format_time, topology_of
+from dsml_gpu.coordinator.passes import ALGORITHM
 from dsml_gpu.errors import DsmlError
 from dsml_gpu.schedules import find_algorithm
 from dsml_gpu.schedules.cost_model import CostModel
@@ -142,11 +143,13 @@ def measure_size(comm: Communicator, topology: Topology, nbytes: int, slice_byte
     runs = _RUNS_SMALL if nbytes < 1 << 20 else _RUNS_LARGE
     work = {name: partial(comm.all_reduce, arrays, algorithm=name) for name in PROBES}
     times_s = time_interleaved(work, runs, warmup=2)
-    result = comm.all_reduce(arrays, algorithm=PROBES[0])
-    assert result is not None
+    results = {name: comm.all_reduce(arrays, algorithm=name) for name in PROBES}
     for array in arrays:
         array.free()
-    for name in PROBES:
+    for name, result in results.items():
+        assert result is not None
+        if (name, result.transports) == (ALGORITHM, ("p2p",)):  # passes over memory, which move no slices
+            continue
         schedule = find_algorithm("all_reduce", name).schedule(comm.nranks, hosts=topology.host_of)
         measured = Measured(schedule, nbytes, topology, median(times_s[name]), slice_bytes)
         yield Probe(name, "+".join(result.transports), measured)

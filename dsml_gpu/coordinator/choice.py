@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from dsml_gpu.coordinator.call import CollectiveCall
+from dsml_gpu.coordinator.passes import ALGORITHM, bytes_of
 from dsml_gpu.coordinator.plan import choose_transport, hosts_of
 from dsml_gpu.schedules import algorithms_of
 from dsml_gpu.schedules.cost_model import DEFAULT_COST_MODEL, CostModel
@@ -60,6 +61,14 @@ class Chooser:
             return Choice(call.algorithm, "as asked")
         return self._remembered.get(_key(call, devices, transport))
 
+    def choice_of_passes(self, call: CollectiveCall, nworkers: int) -> Choice:
+        """The choice for a call that is run as passes over memory that all ranks have open, by so many of them."""
+        if call.algorithm:
+            return Choice(ALGORITHM, "as asked")
+        predicted_s = time_of_passes_s(self.model, bytes_of(call), nworkers)
+        reason = f"predicted {format_time(predicted_s)}, by one pass over memory that all ranks have open"
+        return Choice(ALGORITHM, reason, predicted_s)
+
     def choose(self, call: CollectiveCall, devices: Sequence[pb.DeviceMetadata], transport: int) -> Choice:
         """The fastest algorithm by the cost model. Takes milliseconds to seconds; for a thread.
 
@@ -87,6 +96,17 @@ class Chooser:
             while len(self._remembered) > _MAX_REMEMBERED:
                 self._remembered.popitem(last=False)
         return choice
+
+
+def time_of_passes_s(model: CostModel, nbytes: int, nworkers: int) -> float:
+    """What the cost model predicts for passes over memory (`passes`).
+
+    Args:
+        nbytes: that are read and written.
+        nworkers: ranks that share the work.
+    """
+    # A reduction of what was received reads two operands and writes one.
+    return model.p2p.control_s(nworkers) + nbytes / 3 * model.p2p.reduce_byte_s / nworkers
 
 
 def topology_of(devices: Sequence[pb.DeviceMetadata], transport: int) -> Topology:

@@ -5,44 +5,38 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Coroutine, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Any, cast
 
-from dsml_gpu.coordinator import plan
+from dsml_gpu.coordinator import passes, plan
 from dsml_gpu.coordinator.call import CollectiveCall
 from dsml_gpu.coordinator.choice import Choice, Chooser
+from dsml_gpu.coordinator.control_round import cancel, run_round
 from dsml_gpu.coordinator.device_handle import DeviceHandle
+from dsml_gpu.coordinator.memory_access import MemoryAccess
 from dsml_gpu.coordinator.order import Turn
 from dsml_gpu.coordinator.plan import Plan, PlanKey
-from dsml_gpu.errors import (
-    CommNotFound,
-    CommNotReady,
-    DsmlError,
-    GroupMisuse,
-    OperationAborted,
-    OperationTimeout,
-    PeerUnavailable,
-)
+from dsml_gpu.errors import CommNotReady, DsmlError, GroupMisuse
 from dsml_gpu.observe import metrics
 from dsml_gpu.wire import gpu_sim_pb2 as pb
 
 log = logging.getLogger(__name__)
 
-#: After one rank has failed the others are given so long to say why, before they are cancelled: the first to answer is
-#: often a peer of the one that knows.
-_EXPLANATION_S = 0.5
+#: A round of passes may take the stall timeout and what it needs at this speed, far below that of any memory.
+_SLOWEST_PASSES_BYTES_PER_S = 100e6
 #: Up to so many ranks a plan takes a few milliseconds at most.
 _PLANNED_AT_ONCE_RANKS = 16
 
 
 @dataclass(frozen=True, slots=True)
 class _Planned:
-    """A call, and how it is run."""
+    """A call, and how it is run: by a plan, or by passes over memory where that is None."""
 
     call: CollectiveCall
     choice: Choice
-    plan: Plan
+    plan: Plan | None
 
     @property
     def name(self) -> str:
@@ -80,6 +74,8 @@ class Communicator:
         self.comm_id = comm_id
         self.handles = tuple(handles)
         self._chooser = chooser
+        self._memories = MemoryAccess(forced_transport)
+        self._team = passes.Team.of([handle.metadata for handle in handles])
         self._forced_transport = forced_transport
         self._stall_timeout_ms = stall_timeout_ms
         self._operation_timeout_s = operation_timeout_s
@@ -101,22 +97,13 @@ class Communicator:
         return self._last_status, self._last_message
 
     async def join(self) -> None:
-        """Tells every device its rank and its peers. Raises what a device refuses with."""
-        devices = [handle.metadata for handle in self.handles]
-        await _all_or_first_error(
-            [
-                handle.call(
-                    "JoinComm",
-                    pb.JoinCommRequest(
-                        commId=self.comm_id,
-                        rank=rank,
-                        peers=plan.peers_of(devices, rank, self._forced_transport),
-                        deviceId=handle.device_id,
-                    ),
-                )
-                for rank, handle in enumerate(self.handles)
-            ]
-        )
+        """Tells every device its rank and its peers.
+
+        Raises:
+            InvalidValue: p2p is forced, and the devices cannot open each other's memory.
+            DsmlError: what a device refuses with.
+        """
+        await self._memories.join(self.comm_id, self.handles)
 
     async def leave(self) -> None:
         """Tells every device that the communicator is over."""
@@ -173,6 +160,7 @@ class Communicator:
             self._require_open()
         elif call.algorithm:
             plan.require_known(call.name, call.algorithm)
+        self._memories.require_links(call, self._by_passes(call))
         if self._group is not None:
             self._group.append(call)
             return None
@@ -189,7 +177,7 @@ class Communicator:
         """Waits for running collectives and cancels what is not done after `drain_s`."""
         if self._running:
             _, late = await asyncio.wait(list(self._running), timeout=drain_s)
-            await _cancel(list(late))
+            await cancel(list(late))
 
     def _require_open(self) -> None:
         if self._finalized:
@@ -210,9 +198,11 @@ class Communicator:
         what = str(calls[0]) if len(calls) == 1 else f"a group of {len(calls)} operations"
         try:
             async with turn:
+                if self._memories.has_moved(self.handles):
+                    await self.join()
                 planned = await self._plan(calls)
                 started_ns = time.perf_counter_ns()
-                bytes_sent = await self._control_round(planned)
+                bytes_sent = await self._run_rounds(planned)
                 elapsed_ns = time.perf_counter_ns() - started_ns
         except asyncio.CancelledError:
             self._last_status, self._last_message = pb.FAILED, f"{what}: cancelled by the caller"
@@ -253,82 +243,59 @@ class Communicator:
         devices = [handle.metadata for handle in self.handles]
         planned = []
         for call in calls:
-            choice = self._chooser.known_choice(call, devices, self._forced_transport)
-            if choice is None:
-                choice = await asyncio.to_thread(self._chooser.choose, call, devices, self._forced_transport)
-            key = self._key(call, choice.algorithm)
+            if self._by_passes(call):
+                choice = self._chooser.choice_of_passes(call, len(self._team.workers(passes.bytes_of(call))))
+                planned.append(_Planned(call, choice, None))
+                continue
+            chosen = self._chooser.known_choice(call, devices, self._forced_transport)
+            if chosen is None:
+                chosen = await asyncio.to_thread(self._chooser.choose, call, devices, self._forced_transport)
+            key = self._key(call, chosen.algorithm)
             if self.nranks > _PLANNED_AT_ONCE_RANKS:
                 await asyncio.to_thread(plan.plan_of, key)
-            planned.append(_Planned(call, choice, plan.plan_of(key)))
+            planned.append(_Planned(call, chosen, plan.plan_of(key)))
         return planned
+
+    def _by_passes(self, call: CollectiveCall) -> bool:
+        """Whether a call is run as passes over memory that all ranks have open."""
+        return self._memories.all_open and passes.has_passes(call) and call.algorithm in ("", passes.ALGORITHM)
 
     def _key(self, call: CollectiveCall, algorithm: str) -> PlanKey:
         hosts = plan.hosts_of([handle.metadata for handle in self.handles])
         return plan.key_of(call, algorithm, hosts)
 
-    async def _control_round(self, planned: list[_Planned]) -> int:
-        """One Execute on every rank, side by side; returns the payload bytes that all sent."""
-        device_ids = [handle.device_id for handle in self.handles]
-        operations = [(one.call, one.plan) for one in planned]
-        requests = plan.execute_requests(self.comm_id, device_ids, operations, self._stall_timeout_ms)
-        tasks = [
-            asyncio.ensure_future(self._execute(rank, handle, request))
-            for rank, (handle, request) in enumerate(zip(self.handles, requests, strict=True))
-        ]
-        try:
-            _, unfinished = await asyncio.wait(tasks, timeout=self._operation_timeout_s, return_when=asyncio.FIRST_EXCEPTION)
-            if unfinished and not any(task.done() and task.exception() for task in tasks):
-                waits = [
-                    f"rank {rank} ({handle})"
-                    for rank, (handle, task) in enumerate(zip(self.handles, tasks, strict=True))
-                    if task in unfinished
-                ]
-                raise OperationTimeout(f"{', '.join(waits)} not done after {self._operation_timeout_s:g} s")
-            if unfinished:
-                await asyncio.wait(tasks, timeout=_EXPLANATION_S)
-        finally:
-            await _cancel(tasks)
-        errors = [task.exception() for task in tasks if not task.cancelled() and task.exception()]
-        if errors:
-            raise min((error for error in errors if error is not None), key=_vagueness)
-        return sum(task.result() for task in tasks)
+    async def _run_rounds(self, planned: list[_Planned]) -> int:
+        """Runs calls in order, in as few rounds of control messages as they allow; returns the bytes that moved."""
+        moved = 0
+        for by_passes, group in groupby(planned, key=lambda one: one.plan is None):
+            some = list(group)
+            if not by_passes:
+                requests = self._requests_of_plans(some)
+                moved += await run_round(self.handles, requests, self._operation_timeout_s)
+                continue
+            for one_round in passes.rounds_of(tuple(one.call for one in some), self._team):
+                timeout_s = self._stall_timeout_ms / 1000 + one_round.nbytes / _SLOWEST_PASSES_BYTES_PER_S
+                limit_s = min(timeout_s, self._operation_timeout_s)
+                moved += await run_round(self.handles, self._requests_of_passes(one_round), limit_s, self._memories)
+        return moved
 
-    async def _execute(self, rank: int, handle: DeviceHandle, request: pb.ExecuteRequest) -> int:
-        try:
-            response = await handle.call("Execute", request, timeout_s=None)
-        except CommNotFound:
-            raise PeerUnavailable(f"rank {rank}: {handle} has lost the communicator; its server was restarted") from None
-        except DsmlError as error:
-            raise type(error)(f"rank {rank} ({handle}): {error}") from error
-        return int(response.bytesSent)
+    def _requests_of_plans(self, planned: list[_Planned]) -> dict[int, pb.ExecuteRequest]:
+        device_ids = [handle.device_id for handle in self.handles]
+        operations = [(one.call, one.plan) for one in planned if one.plan is not None]
+        return dict(enumerate(plan.execute_requests(self.comm_id, device_ids, operations, self._stall_timeout_ms)))
+
+    def _requests_of_passes(self, one_round: passes.Round) -> dict[int, pb.ExecuteRequest]:
+        # Also a rank that has nothing to do must be there; one whose end would be known need not be asked.
+        return {
+            rank: pb.ExecuteRequest(commId=self.comm_id, deviceId=handle.device_id, passes=one_round.work.get(rank, ()))
+            for rank, handle in enumerate(self.handles)
+            if rank in one_round.work or not handle.tells_of_its_end
+        }
 
     def _transports(self, planned: list[_Planned]) -> list[int]:
         devices = [handle.metadata for handle in self.handles]
-        pairs = {pair for one in planned for pair in one.plan.pairs}
+        pairs = {pair for one in planned if one.plan is not None for pair in one.plan.pairs}
         used = {plan.choose_transport(devices[src], devices[dst], self._forced_transport) for src, dst in pairs}
+        if any(one.plan is None for one in planned):
+            used.add(pb.P2P)
         return sorted(used)
-
-
-def _vagueness(error: BaseException) -> int:
-    """Orders the errors of several ranks: what happened first, what followed from it last."""
-    if isinstance(error, OperationAborted):
-        return 3
-    if isinstance(error, OperationTimeout):
-        return 2
-    return 1 if isinstance(error, PeerUnavailable) else 0
-
-
-async def _all_or_first_error(work: list[Coroutine[Any, Any, Any]]) -> None:
-    tasks = [asyncio.ensure_future(coroutine) for coroutine in work]
-    try:
-        await asyncio.gather(*tasks)
-    finally:
-        await _cancel(tasks)
-
-
-async def _cancel(tasks: Sequence[asyncio.Task[Any]]) -> None:
-    unfinished = [task for task in tasks if not task.done()]
-    for task in unfinished:
-        task.cancel()
-    if unfinished:
-        await asyncio.gather(*unfinished, return_exceptions=True)

@@ -21,6 +21,7 @@ from dsml_gpu.errors import (
 from dsml_gpu.memory.arena import check_range
 from dsml_gpu.wire import gpu_sim_pb2 as pb
 from dsml_gpu.wire.codec import Chunk
+from dsml_gpu.wire.lane import Lane, open_lane
 from dsml_gpu.wire.outgoing import OutgoingStream
 from dsml_gpu.wire.status import error_of
 from dsml_gpu.wire.stubs import COPY_SLICE_BYTES
@@ -28,10 +29,22 @@ from dsml_gpu.wire.timeouts import in_time
 
 #: For control messages that do no work.
 CONTROL_TIMEOUT_S = 5.0
+#: To move all of a device's memory.
+_MOVE_TIMEOUT_S = 120.0
 
 
 class DeviceConnection(Protocol):
     """How a coordinator reaches the service of a device. All methods raise `DsmlError`."""
+
+    @property
+    def tells_of_its_end(self) -> bool:
+        """Whether this would be False if the device's process had died."""
+
+    async def open_lane(self, name: str) -> None:
+        """Goes by a lane of that name from now on, where it can (`wire.lane`)."""
+
+    def close(self) -> None:
+        """Closes the lane. Idempotent."""
 
     async def call(self, method: str, request: Any, timeout_s: float | None) -> Any:
         """One unary RPC of GPUDevice."""
@@ -53,8 +66,27 @@ class RemoteConnection:
     def __init__(self, stub: Any, stall_timeout_s: float) -> None:
         self._stub = stub
         self._stall_timeout_s = stall_timeout_s
+        self._lane: Lane | None = None
+        self._lane_name = ""
+
+    @property
+    def tells_of_its_end(self) -> bool:
+        return self._lane is not None and self._lane.is_open
+
+    async def open_lane(self, name: str) -> None:
+        if name == self._lane_name and (self._lane is None or self._lane.is_open):
+            return  # it is open, or cannot be opened from here
+        self.close()
+        self._lane_name = name
+        self._lane = await open_lane(name)
+
+    def close(self) -> None:
+        if self._lane is not None:
+            self._lane.close()
 
     async def call(self, method: str, request: Any, timeout_s: float | None) -> Any:
+        if self._lane is not None and self._lane.is_open:
+            return await self._lane.call(method, request, timeout_s)
         try:
             return await getattr(self._stub, method)(request, timeout=timeout_s)
         except grpc.RpcError as failure:
@@ -106,6 +138,8 @@ class DeviceHandle:
         self.permanent = permanent
         self.reachable = False
         self.metadata = pb.DeviceMetadata(address=address)
+        #: Where others open its memory, as it last said; None: not at all.
+        self.shared: pb.SharedMemory | None = None
         self.comm_ids: set[int] = set()
         self.last_work: asyncio.Future[None] | None = None
         self._unheard_leaves: set[int] = set()
@@ -118,6 +152,11 @@ class DeviceHandle:
 
     def __str__(self) -> str:
         return f"device {self.device_id or '?'} at {self.address}"
+
+    @property
+    def tells_of_its_end(self) -> bool:
+        """Whether this would be False if its process had died."""
+        return self._connection.tells_of_its_end
 
     def update(self, metadata: pb.DeviceMetadata) -> None:
         """Takes what the device's server says of it, which has just answered."""
@@ -136,6 +175,20 @@ class DeviceHandle:
         self._unheard_leaves.add(comm_id)
         await self.call("LeaveComm", pb.LeaveCommRequest(commId=comm_id, deviceId=self.device_id))
         self._unheard_leaves.discard(comm_id)
+
+    async def share_memory(self, *, move: bool = False) -> None:
+        """Asks where its memory can be opened, which `shared` says from then on.
+
+        Args:
+            move: it is to be somewhere else first, where nobody has it open.
+
+        Raises:
+            PeerUnavailable, OperationTimeout: it does not answer.
+            DsmlError: its memory cannot be opened.
+        """
+        self.shared = None
+        request = pb.ShareMemoryRequest(deviceId=self.device_id, move=move)
+        self.shared = await self.call("ShareMemory", request, _MOVE_TIMEOUT_S if move else CONTROL_TIMEOUT_S)
 
     def end(self) -> None:
         """The device is no more."""

@@ -76,6 +76,16 @@ class _LocalConnection:
     def __init__(self, service: DeviceService) -> None:
         self._service = service
 
+    @property
+    def tells_of_its_end(self) -> bool:
+        return True
+
+    async def open_lane(self, name: str) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
+
     async def call(self, method: str, request: Any, timeout_s: float | None) -> Any:
         return await getattr(self._service, method)(request, None)
 

@@ -27,34 +27,34 @@ MAX_RANKS = 256
 
 
 def choose_transport(one: pb.DeviceMetadata, other: pb.DeviceMetadata, forced: int = pb.AUTO) -> int:
-    """The transport between two devices.
+    """The transport of slices between two devices; passes over memory (`passes`) need none.
 
     Args:
-        forced: AUTO for the fastest that the pair allows.
-
-    Raises:
-        InvalidValue: P2P is forced where neither can read the other's memory.
+        forced: GRPC where nothing else may be used.
     """
     same_process = bool(one.processUid) and one.processUid == other.processUid
-    if same_process and one.backend == other.backend and forced != pb.GRPC:
-        return pb.P2P
-    if forced == pb.P2P:
-        raise InvalidValue(
-            f"p2p is not possible between device {one.deviceId.value} ({one.backend} at {one.address}) and device "
-            f"{other.deviceId.value} ({other.backend} at {other.address}): they are not of one process and one backend"
-        )
-    return pb.GRPC
+    return pb.P2P if same_process and one.backend == other.backend and forced != pb.GRPC else pb.GRPC
 
 
-def peers_of(devices: Sequence[pb.DeviceMetadata], rank: int, forced: int = pb.AUTO) -> list[pb.Peer]:
-    """What one rank is told of all ranks."""
+def peers_of(
+    devices: Sequence[pb.DeviceMetadata],
+    rank: int,
+    forced: int = pb.AUTO,
+    memories: Sequence[pb.SharedMemory | None] = (),
+) -> list[pb.Peer]:
+    """What one rank is told of all ranks.
+
+    Args:
+        memories: of each rank, where it can be opened; empty: nowhere.
+    """
     return [
         pb.Peer(
             deviceId=device.deviceId.value,
             address=device.address,
             transport=pb.Transport.Name(choose_transport(devices[rank], device, forced)),
+            sharedMemory=memory,
         )
-        for device in devices
+        for device, memory in zip(devices, memories or [None] * len(devices), strict=True)
     ]
 
 

@@ -173,6 +173,8 @@ class DeviceRegistry:
 
     async def close(self) -> None:
         """Closes the connections to device servers."""
+        for server in self.servers:
+            server.close()
         await self._channels.close()
 
     @staticmethod

@@ -54,8 +54,13 @@ class ServerHandle:
                 handle.reachable = False
             raise lost_connection(str(self), error) or error from None
         reported = self._take_over(response)
+        await self._connection.open_lane(reported[0].metadata.lane)
         for handle in reported:
             await handle.retry_leaves()
+
+    def close(self) -> None:
+        """Closes the connection's lane. Idempotent."""
+        self._connection.close()
 
     def _take_over(self, response: pb.GetDeviceMetadataResponse) -> list[DeviceHandle]:
         """Makes the handles those of the devices that the server says it has now, and returns these."""

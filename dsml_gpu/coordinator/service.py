@@ -7,10 +7,11 @@ import secrets
 from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import aclosing
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from dsml_gpu.coordinator.call import all_reduce_call, call_of
+from dsml_gpu.coordinator.call import CollectiveCall, all_reduce_call, call_of
 from dsml_gpu.coordinator.choice import Chooser
 from dsml_gpu.coordinator.communicator import Communicator
 from dsml_gpu.coordinator.device_handle import DeviceHandle, pieces
@@ -169,7 +170,7 @@ class CoordinatorService:
 
     async def Collective(self, request: pb.CollectiveRequest, context: Any) -> pb.CollectiveResponse:
         comm = self._comm(request.commId)
-        result = await comm.submit(call_of(request, comm.nranks))
+        result = await comm.submit(_call_of(request.SerializeToString(), comm.nranks))
         return pb.CollectiveResponse(success=True, result=result)
 
     async def GetCostModel(self, request: pb.GetCostModelRequest, context: Any) -> pb.GetCostModelResponse:
@@ -273,6 +274,12 @@ class CoordinatorService:
     async def Free(self, request: pb.FreeRequest, context: Any) -> pb.FreeResponse:
         response: pb.FreeResponse = await self._device(request, "deviceId").call("Free", request)
         return response
+
+
+@lru_cache(maxsize=1024)
+def _call_of(message: bytes, nranks: int) -> CollectiveCall:
+    """See `call_of`. The same calls come again and again, and what they lead to is remembered with them."""
+    return call_of(pb.CollectiveRequest.FromString(message), nranks)
 
 
 async def _checked(handle: DeviceHandle, addr: int, announced: int, chunks: AsyncIterator[Chunk]) -> AsyncIterator[Chunk]:

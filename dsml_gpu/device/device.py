@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Protocol
 
 from dsml_gpu.errors import CommNotFound, InvalidValue
 from dsml_gpu.memory.allocator import Allocator
 from dsml_gpu.memory.arena import Arena
+from dsml_gpu.memory.device_memory import DeviceNDArray
 from dsml_gpu.reduction import HostReducer, Reducer
 
 #: Shared by all devices: what it compiles, it compiles once.
@@ -30,13 +32,25 @@ class Peer:
         return f"rank {self.rank} (device {self.device_id} at {self.address})"
 
 
+class RankMemory(Protocol):
+    """The memory of a rank's device."""
+
+    def view(self, addr: int, nbytes: int) -> DeviceNDArray:
+        """The bytes ``[addr, addr + nbytes)`` as a uint8 array. Raises AddressOutOfRange."""
+
+
 @dataclass(frozen=True, slots=True)
 class Membership:
-    """A device's place in a communicator."""
+    """A device's place in a communicator.
+
+    Attributes:
+        memories: of each rank, where the device has it open; None where not. Empty: of none.
+    """
 
     comm_id: int
     rank: int
     peers: tuple[Peer, ...]
+    memories: tuple[RankMemory | None, ...] = ()
 
     @property
     def nranks(self) -> int:
@@ -51,6 +65,13 @@ class Membership:
         if rank >= self.nranks:
             raise InvalidValue(f"rank {rank} is not one of the {self.nranks} ranks of communicator {self.comm_id}")
         return self.peers[rank]
+
+    def memory(self, rank: int) -> RankMemory:
+        """The memory of a rank's device. Raises InvalidValue where it is not open here."""
+        memory = self.memories[rank] if rank < len(self.memories) else None
+        if memory is None:
+            raise InvalidValue(f"the memory of {self.peer(rank)} is not open here")
+        return memory
 
 
 class Device:

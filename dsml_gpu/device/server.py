@@ -10,6 +10,7 @@ from dsml_gpu.device.device import Device
 from dsml_gpu.device.service import DeviceService, TransferSettings
 from dsml_gpu.memory.arena import Arena
 from dsml_gpu.memory.backend import NUMPY, Backend
+from dsml_gpu.wire.lane import LaneServer
 from dsml_gpu.wire.server import RpcServer
 from dsml_gpu.wire.stubs import DEFAULT_MAX_MESSAGE_BYTES
 
@@ -81,11 +82,15 @@ class DeviceServer:
         self._service = DeviceService(self.rpc.address, config.transfers)
         for device in self.devices:
             self._service.add(device)
+        self._lane = LaneServer(self._service)
+        await self._lane.start()
+        self._service.lane = self._lane.name
         await self.rpc.start({"GPUDevice": self._service}, config.transfers.stall_timeout_s)
 
     async def stop(self, drain_s: float = 10.0) -> None:
         """Drains and stops."""
         await self.rpc.stop(drain_s)
+        await self._lane.stop()
         await self._service.close()
 
 

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import asyncio
 import itertools
 import os
 import secrets
 import socket
-from collections import deque
+from collections import defaultdict, deque
 from collections.abc import AsyncGenerator, AsyncIterator
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any
 
 from dsml_gpu.device.dataflow import Dataflow, dataflow_of
-from dsml_gpu.device.device import Device, Membership, Peer
+from dsml_gpu.device.device import Device, Membership, Peer, RankMemory
 from dsml_gpu.device.executor import Block, GroupExecution, Links, Operation
+from dsml_gpu.device.passes import Pass, run_passes
 from dsml_gpu.device.point_to_point import PointToPoint
 from dsml_gpu.device.preparation import Preparation
 from dsml_gpu.errors import (
@@ -22,11 +24,14 @@ from dsml_gpu.errors import (
     DeviceNotFound,
     DsmlError,
     InvalidValue,
+    MemoryNotShared,
     MissingField,
     OperationAborted,
     StreamLength,
 )
+from dsml_gpu.memory.arena import OpenedArena
 from dsml_gpu.memory.device_memory import Download
+from dsml_gpu.memory.shared import SharedHandle
 from dsml_gpu.reduction import checked_weight, dtype_of, elements_in, operator_of
 from dsml_gpu.schedules import Kind, Move, Program
 from dsml_gpu.transport.emulation import DeviceLink, LinkSettings
@@ -55,6 +60,7 @@ class TransferSettings:
         stall_timeout_s: whatever does not move for so long fails.
         link: what the link of each device is made to look like; as fast as it is, unless told otherwise.
         host_name: of the host that the devices are on; empty: the machine's own.
+        shares_memory: other processes of the same user may open the devices' memory.
 
     Raises:
         InvalidValue: on construction, where values do not do, or not together.
@@ -64,6 +70,7 @@ class TransferSettings:
     stall_timeout_s: float = 30.0
     link: LinkSettings = field(default_factory=LinkSettings)
     host_name: str = ""
+    shares_memory: bool = True
 
     def __post_init__(self) -> None:
         check_slice_bytes(self.slice_bytes)
@@ -95,8 +102,12 @@ class DeviceService:
         self._preparation = Preparation()
         self._host_name = settings.host_name or socket.gethostname()
         self._cores = usable_cores()
+        #: Name of the server's lane; empty where it has none.
+        self.lane = ""
         self._timer = Timer()
         self._emulated: dict[int, DeviceLink] = {}  # by device id
+        #: What runs, by device and communicator.
+        self._executing: defaultdict[tuple[int, int], set[asyncio.Task[Any]]] = defaultdict(set)
         self._incoming = IncomingTable(self._settings.stall_timeout_s, self._timer if self._settings.link.emulated else None)
         self._pipes = PipeTable(self._settings.stall_timeout_s)
         self._channels = ChannelPool()
@@ -155,6 +166,7 @@ class DeviceService:
             linkBytesPerS=round(self._settings.link.bytes_per_s),
             host=self._host_name,
             cores=self._cores,
+            lane=self.lane,
         )
 
     async def BeginSend(self, request: pb.BeginSendRequest, context: Any) -> pb.BeginSendResponse:
@@ -194,11 +206,59 @@ class DeviceService:
     # ---- additive -----------------------------------------------------------------------------------------------------
 
     async def JoinComm(self, request: pb.JoinCommRequest, context: Any) -> pb.JoinCommResponse:
-        peers = tuple(
-            Peer(rank, peer.deviceId, peer.address, peer.transport == pb.P2P) for rank, peer in enumerate(request.peers)
+        device = self._device(request.deviceId)
+        response = pb.JoinCommResponse()
+        peers: list[Peer] = []
+        memories: list[RankMemory | None] = []
+        for rank, peer in enumerate(request.peers):
+            peers.append(Peer(rank, peer.deviceId, peer.address, peer.transport == pb.P2P))
+            try:
+                memories.append(self._open_memory(device, peer))
+            except MemoryNotShared as error:
+                memories.append(None)
+                response.unreachable.add(rank=rank, reason=str(error))
+        device.join(Membership(request.commId, request.rank, tuple(peers), tuple(memories)))
+        return response
+
+    def _open_memory(self, device: Device, peer: pb.Peer) -> RankMemory:
+        """The memory of a peer. Raises MemoryNotShared."""
+        near = self._devices.get(peer.deviceId)
+        if near is not None and peer.transport == pb.P2P:
+            return near.arena
+        if not peer.HasField("sharedMemory"):
+            raise MemoryNotShared("nobody said where it is")
+        shared = peer.sharedMemory
+        handle = SharedHandle(
+            shared.numBytes, shared.bootId, shared.pid, shared.fd, shared.token, shared.offset, shared.cudaIpcHandle
         )
-        self._device(request.deviceId).join(Membership(request.commId, request.rank, peers))
-        return pb.JoinCommResponse()
+        return OpenedArena(device.arena.memory.open_shared(handle), shared.minMemAddr.value)
+
+    async def ShareMemory(self, request: pb.ShareMemoryRequest, context: Any) -> pb.SharedMemory:
+        device = self._device(request.deviceId)
+        if not self._settings.shares_memory:
+            raise MemoryNotShared("the server was told not to share memory")
+        handle = device.arena.share()
+        if request.move:
+            await asyncio.to_thread(device.arena.move)
+            handle = device.arena.share()
+        return pb.SharedMemory(
+            bootId=handle.boot_id,
+            pid=handle.pid,
+            fd=handle.fd,
+            token=handle.token,
+            offset=handle.offset,
+            numBytes=handle.nbytes,
+            cudaIpcHandle=handle.cuda_ipc_handle,
+            minMemAddr=pb.MemAddr(value=device.arena.min_addr),
+        )
+
+    async def Quiesce(self, request: pb.QuiesceRequest, context: Any) -> pb.QuiesceResponse:
+        running = self._executing.get((self._device(request.deviceId).device_id, request.commId), set()).copy()
+        for task in running:
+            task.cancel()
+        if running:
+            await asyncio.wait(running)
+        return pb.QuiesceResponse()
 
     async def LeaveComm(self, request: pb.LeaveCommRequest, context: Any) -> pb.LeaveCommResponse:
         self._device(request.deviceId).leave(request.commId)
@@ -207,6 +267,30 @@ class DeviceService:
     async def Execute(self, request: pb.ExecuteRequest, context: Any) -> pb.ExecuteResponse:
         device = self._device(request.deviceId)
         membership = device.membership(request.commId)
+        task = asyncio.current_task()
+        assert task is not None
+        running = self._executing[device.device_id, request.commId]
+        running.add(task)
+        try:
+            bytes_sent = await self._run_passes(device, membership, request)
+            if request.operations or not request.passes:
+                bytes_sent += await self._run_operations(device, membership, request)
+        finally:
+            running.discard(task)
+            if not running:
+                self._executing.pop((device.device_id, request.commId), None)
+        return pb.ExecuteResponse(bytesSent=bytes_sent)
+
+    async def _run_passes(self, device: Device, membership: Membership, request: pb.ExecuteRequest) -> int:
+        """Returns how many bytes it moved between the memories of different devices."""
+        passes = [_pass(one, membership) for one in request.passes]
+        for one in dict.fromkeys((one.operator, one.dtype, bool(one.weights)) for one in passes if len(one.sources) > 1):
+            await self._preparation.begin(device.reducer, *one)
+        await run_passes(device, passes)
+        return sum(map(_moved_bytes, request.passes))
+
+    async def _run_operations(self, device: Device, membership: Membership, request: pb.ExecuteRequest) -> int:
+        """Returns how many bytes of payload it sent."""
         flows = [_dataflow(program.SerializeToString()) for program in request.programs]
         operations = [_operation(operation, flows) for operation in request.operations]
         for operation in operations:
@@ -233,7 +317,7 @@ class DeviceService:
         links = self._open_links(device, membership, request.links, flows)
         execution = GroupExecution(device, membership.nranks, links, slice_bytes, stall_timeout_s)
         await execution.run(operations)
-        return pb.ExecuteResponse(bytesSent=execution.bytes_sent)
+        return execution.bytes_sent
 
     def _open_links(self, device: Device, membership: Membership, links: Any, flows: list[Dataflow]) -> Links:
         send: dict[int, SendLink] = {}
@@ -359,6 +443,36 @@ def _dataflow(message: bytes) -> Dataflow:
             moves.append(Move(Kind(move.kind), move.peer, move.chunk))
         steps.append(tuple(sorted(moves, key=lambda move: move.kind is not Kind.SEND)))
     return dataflow_of(Program(tuple(range(nblocks)), wire.parts, tuple(steps), wire.storeAndForward))
+
+
+def _pass(wire: pb.Pass, membership: Membership) -> Pass:
+    """A pass over memory that is open. Raises InvalidValue, CountNotMultiple and AddressOutOfRange."""
+    dtype, operator = dtype_of(wire.dtype), operator_of(wire.op)
+    elements_in(wire.count, dtype)
+    if not wire.sources or not wire.destinations:
+        raise InvalidValue(f"a pass has {len(wire.sources)} sources and {len(wire.destinations)} destinations, needs both")
+    if len(wire.weights) not in (0, len(wire.sources)):
+        raise InvalidValue(f"a pass has {len(wire.weights)} weights for {len(wire.sources)} sources")
+    sources, destinations = (
+        tuple(membership.memory(place.rank).view(place.addr, wire.count) for place in places)
+        for places in (wire.sources, wire.destinations)
+    )
+    return Pass(
+        dtype,
+        operator,
+        sources,
+        destinations,
+        tuple(checked_weight(weight, dtype) for weight in wire.weights),
+        len(sources) if operator.averages else 1,
+    )
+
+
+def _moved_bytes(wire: pb.Pass) -> int:
+    """Bytes of payload that a pass moves from rank to rank: all comes together at one of them, and goes out from there."""
+    sources = [place.rank for place in wire.sources]
+    destinations = [place.rank for place in wire.destinations]
+    center = next((rank for rank in destinations if rank in sources), sources[0])
+    return int(wire.count) * sum(rank != center for rank in (*sources, *destinations))
 
 
 def _operation(wire: pb.Operation, flows: list[Dataflow]) -> Operation:

@@ -7,6 +7,7 @@ import numpy as np
 from dsml_gpu.errors import AddressOutOfRange, OutOfMemory
 from dsml_gpu.memory.backend import Backend
 from dsml_gpu.memory.device_memory import DeviceMemory, DeviceNDArray, Download, HostBytes
+from dsml_gpu.memory.shared import SharedHandle
 
 #: Smallest device memory a client may rely on.
 MIN_ARENA_BYTES = 4 << 20
@@ -58,13 +59,37 @@ class Arena:
             OutOfMemory: the first access, and the system has not that much memory.
         """
         self.check(addr, nbytes)
+        start = addr - self.min_addr
+        return self._taken()[start : start + nbytes]
+
+    def _taken(self) -> DeviceNDArray:
         if self._bytes is None:
             try:
-                self._bytes = self.memory.allocate(self.nbytes)
+                self._bytes = self.memory.allocate_arena(self.nbytes)
             except MemoryError as error:
                 raise OutOfMemory(f"device memory of {self.nbytes} bytes cannot be had: {error}") from error
-        start = addr - self.min_addr
-        return self._bytes[start : start + nbytes]
+        return self._bytes
+
+    def share(self) -> SharedHandle:
+        """What other processes open the memory with. On a GPU it is taken now.
+
+        Raises:
+            MemoryNotShared: they cannot.
+            OutOfMemory: as `view`.
+        """
+        self._taken()
+        return self.memory.share()
+
+    def move(self) -> None:
+        """Takes the contents to fresh memory: who has opened the memory before reaches them no more.
+
+        Nothing may use the memory meanwhile. Raises OutOfMemory where there is not enough for both.
+        """
+        if self._bytes is not None:
+            try:
+                self._bytes = self.memory.move_arena()
+            except MemoryError as error:
+                raise OutOfMemory(f"device memory of {self.nbytes} bytes cannot be moved: {error}") from error
 
     async def write(self, addr: int, data: HostBytes) -> None:
         """Queues a copy of host bytes into the arena; `data` may change as soon as this returns. Raises as `view`."""
@@ -78,6 +103,25 @@ class Arena:
     def __repr__(self) -> str:
         state = "untouched" if self._bytes is None else "in use"
         return f"Arena({self.min_addr:#x}..{self.max_addr:#x}, {self.backend.name}, {state})"
+
+
+class OpenedArena:
+    """The memory of a device of another process, opened here.
+
+    Args:
+        array: what `DeviceMemory.open_shared` gave.
+        min_addr: address of its first byte.
+    """
+
+    def __init__(self, array: DeviceNDArray, min_addr: int) -> None:
+        self._array = array
+        self._min_addr = min_addr
+
+    def view(self, addr: int, nbytes: int) -> DeviceNDArray:
+        """The bytes ``[addr, addr + nbytes)`` as a uint8 array. Raises AddressOutOfRange."""
+        check_range(addr, nbytes, self._min_addr, self._min_addr + self._array.nbytes)
+        start = addr - self._min_addr
+        return self._array[start : start + nbytes]
 
 
 def check_range(addr: int, nbytes: int, min_addr: int, max_addr: int) -> None:

@@ -22,11 +22,14 @@ from typing import Any
 import cupy as cp
 import numpy as np
 
-from dsml_gpu.errors import InternalError
+from dsml_gpu.errors import InternalError, MemoryNotShared
 from dsml_gpu.memory.device_memory import DeviceNDArray, HostBytes, Mark
+from dsml_gpu.memory.shared import SharedHandle, boot_id
 
 #: cudaErrorMemoryAllocation.
 _MEMORY_ALLOCATION = 2
+#: cudaIpcMemLazyEnablePeerAccess.
+_LAZY_ENABLE_PEER_ACCESS = 1
 #: Least size of a slot; what is longer is copied piece by piece, or has a slot of its own size.
 SLOT_BYTES = 1 << 20
 #: Slots under way on one stream before the next copy waits for the oldest.
@@ -54,6 +57,8 @@ class CudaMemory:
         self._from_host = cp.cuda.Stream(non_blocking=True)
         self._to_host = cp.cuda.Stream(non_blocking=True)
         self._waiter = EventWaiter(gpu)
+        self._arena: DeviceNDArray = None
+        self._opened: weakref.WeakValueDictionary[SharedHandle, _OpenedMemory] = weakref.WeakValueDictionary()
         self._upload_slots = SlotPool(self._waiter, partial(_from_pool, gpu, self._from_host))
         self._download_slots = SlotPool(self._waiter)
 
@@ -72,6 +77,35 @@ class CudaMemory:
             array = cp.ndarray((nbytes,), cp.uint8, cp.cuda.MemoryPointer(memory, 0))
             cp.cuda.runtime.memsetAsync(array.data.ptr, 0, nbytes, self.compute.ptr)
         return array
+
+    def allocate_arena(self, nbytes: int) -> DeviceNDArray:
+        self._arena = self.allocate(nbytes)
+        return self._arena
+
+    def share(self) -> SharedHandle:
+        with self._on_gpu():
+            handle = cp.cuda.runtime.ipcGetMemHandle(self._arena.data.ptr)
+        return SharedHandle(self._arena.nbytes, boot_id(), cuda_ipc_handle=bytes(handle))
+
+    def open_shared(self, handle: SharedHandle) -> DeviceNDArray:
+        if not handle.cuda_ipc_handle or handle.boot_id != boot_id():
+            raise MemoryNotShared("it is no memory of a GPU of this host")
+        opened = self._opened.get(handle)
+        if opened is None:
+            with self._on_gpu():
+                try:
+                    address = cp.cuda.runtime.ipcOpenMemHandle(handle.cuda_ipc_handle, _LAZY_ENABLE_PEER_ACCESS)
+                except cp.cuda.runtime.CUDARuntimeError as error:
+                    raise MemoryNotShared(f"GPU {self.gpu} cannot open it: {error}") from None
+            opened = self._opened[handle] = _OpenedMemory(self.gpu, address)
+        memory = cp.cuda.UnownedMemory(opened.address, handle.nbytes, opened, self.gpu)
+        return cp.ndarray((handle.nbytes,), cp.uint8, cp.cuda.MemoryPointer(memory, 0))
+
+    def move_arena(self) -> DeviceNDArray:
+        old, self._arena = self._arena, self.allocate(self._arena.nbytes)
+        self.copy(self._arena, old)
+        self.compute.synchronize()
+        return self._arena
 
     def copy(self, target: DeviceNDArray, source: DeviceNDArray) -> None:
         _copy_async(target.data.ptr, source.data.ptr, target.nbytes, cp.cuda.runtime.memcpyDeviceToDevice, self.compute)
@@ -142,6 +176,19 @@ class CudaMemory:
     def _order(self, first: Any, then: Any) -> None:
         """What is queued on `then` from now on runs after what was queued on `first`."""
         then.wait_event(self._record(first))
+
+
+class _OpenedMemory:
+    """Closes memory of another process when no array over it is left."""
+
+    def __init__(self, gpu: int, address: int) -> None:
+        self.address = address
+        weakref.finalize(self, _close_opened, gpu, address).atexit = False
+
+
+def _close_opened(gpu: int, address: int) -> None:
+    with cp.cuda.Device(gpu):
+        cp.cuda.runtime.ipcCloseMemHandle(address)
 
 
 @dataclass(slots=True)

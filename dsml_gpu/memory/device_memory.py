@@ -6,6 +6,8 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from dsml_gpu.memory.shared import SharedHandle
+
 #: A one-dimensional uint8 array in device memory: numpy.ndarray or cupy.ndarray. CuPy cannot be imported everywhere, so its
 #: type has no name here.
 DeviceNDArray = Any
@@ -51,6 +53,25 @@ class DeviceMemory(Protocol):
 
     def allocate(self, nbytes: int) -> DeviceNDArray:
         """Zeroed memory. Raises MemoryError."""
+
+    def allocate_arena(self, nbytes: int) -> DeviceNDArray:
+        """As `allocate`, where possible such that other processes can open it. Called once at most."""
+
+    def share(self) -> SharedHandle:
+        """What other processes open the arena with. Raises MemoryNotShared."""
+
+    def open_shared(self, handle: SharedHandle) -> DeviceNDArray:
+        """The arena of a device of another process, where this device's kernels read and write it.
+
+        Raises:
+            MemoryNotShared: it cannot be opened from here; the message says why.
+        """
+
+    def move_arena(self) -> DeviceNDArray:
+        """Takes the arena's contents to fresh memory, which nobody else has open; gives the arena that is used from now on.
+
+        Nothing may be queued or under way. Raises MemoryError.
+        """
 
     def copy(self, target: DeviceNDArray, source: DeviceNDArray) -> None:
         """Queues a copy inside device memory."""

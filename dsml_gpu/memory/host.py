@@ -7,7 +7,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from dsml_gpu.errors import MemoryNotShared
 from dsml_gpu.memory.device_memory import HostBytes, Mark
+from dsml_gpu.memory.shared import SharedHandle, SharedRange, can_share, open_shared
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,6 +30,9 @@ class HostMemory:
 
     lends_staged = False
 
+    def __init__(self) -> None:
+        self._shared: SharedRange | None = None
+
     def allocate(self, nbytes: int) -> np.ndarray:
         """Pages are committed by the system when they are touched."""
         flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
@@ -38,6 +43,28 @@ class HostMemory:
         except (OSError, ValueError, OverflowError) as error:
             raise MemoryError(f"cannot reserve {nbytes} bytes of address space: {error}") from error
         return np.frombuffer(region, dtype=np.uint8)
+
+    def allocate_arena(self, nbytes: int) -> np.ndarray:
+        if not can_share():
+            return self.allocate(nbytes)
+        self._shared = SharedRange(nbytes)
+        return self._shared.array
+
+    def share(self) -> SharedHandle:
+        return self._arena().handle()
+
+    def open_shared(self, handle: SharedHandle) -> np.ndarray:
+        return open_shared(handle)
+
+    def move_arena(self) -> np.ndarray:
+        arena = self._arena()
+        arena.move()
+        return arena.array
+
+    def _arena(self) -> SharedRange:
+        if self._shared is None:
+            raise MemoryNotShared("memory of this system cannot be shared between processes")
+        return self._shared
 
     def copy(self, target: np.ndarray, source: np.ndarray) -> None:
         target[...] = source

@@ -66,6 +66,7 @@ class Refusal(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     MESSAGE_TOO_LARGE: _ClassVar[Refusal]
     INVALID_SCHEDULE: _ClassVar[Refusal]
     BUFFER_OVERLAP: _ClassVar[Refusal]
+    MEMORY_NOT_SHARED: _ClassVar[Refusal]
 IN_PROGRESS: Status
 SUCCESS: Status
 FAILED: Status
@@ -112,6 +113,7 @@ STREAM_LENGTH: Refusal
 MESSAGE_TOO_LARGE: Refusal
 INVALID_SCHEDULE: Refusal
 BUFFER_OVERLAP: Refusal
+MEMORY_NOT_SHARED: Refusal
 
 class DeviceId(_message.Message):
     __slots__ = ("value",)
@@ -138,7 +140,7 @@ class StreamId(_message.Message):
     def __init__(self, value: _Optional[int] = ...) -> None: ...
 
 class DeviceMetadata(_message.Message):
-    __slots__ = ("deviceId", "minMemAddr", "maxMemAddr", "address", "backend", "deviceName", "processUid", "gpu", "linkLatencyNs", "linkBytesPerS", "host", "cores")
+    __slots__ = ("deviceId", "minMemAddr", "maxMemAddr", "address", "backend", "deviceName", "processUid", "gpu", "linkLatencyNs", "linkBytesPerS", "host", "cores", "lane")
     DEVICEID_FIELD_NUMBER: _ClassVar[int]
     MINMEMADDR_FIELD_NUMBER: _ClassVar[int]
     MAXMEMADDR_FIELD_NUMBER: _ClassVar[int]
@@ -151,6 +153,7 @@ class DeviceMetadata(_message.Message):
     LINKBYTESPERS_FIELD_NUMBER: _ClassVar[int]
     HOST_FIELD_NUMBER: _ClassVar[int]
     CORES_FIELD_NUMBER: _ClassVar[int]
+    LANE_FIELD_NUMBER: _ClassVar[int]
     deviceId: DeviceId
     minMemAddr: MemAddr
     maxMemAddr: MemAddr
@@ -163,7 +166,48 @@ class DeviceMetadata(_message.Message):
     linkBytesPerS: int
     host: str
     cores: int
-    def __init__(self, deviceId: _Optional[_Union[DeviceId, _Mapping]] = ..., minMemAddr: _Optional[_Union[MemAddr, _Mapping]] = ..., maxMemAddr: _Optional[_Union[MemAddr, _Mapping]] = ..., address: _Optional[str] = ..., backend: _Optional[str] = ..., deviceName: _Optional[str] = ..., processUid: _Optional[str] = ..., gpu: _Optional[int] = ..., linkLatencyNs: _Optional[int] = ..., linkBytesPerS: _Optional[int] = ..., host: _Optional[str] = ..., cores: _Optional[int] = ...) -> None: ...
+    lane: str
+    def __init__(self, deviceId: _Optional[_Union[DeviceId, _Mapping]] = ..., minMemAddr: _Optional[_Union[MemAddr, _Mapping]] = ..., maxMemAddr: _Optional[_Union[MemAddr, _Mapping]] = ..., address: _Optional[str] = ..., backend: _Optional[str] = ..., deviceName: _Optional[str] = ..., processUid: _Optional[str] = ..., gpu: _Optional[int] = ..., linkLatencyNs: _Optional[int] = ..., linkBytesPerS: _Optional[int] = ..., host: _Optional[str] = ..., cores: _Optional[int] = ..., lane: _Optional[str] = ...) -> None: ...
+
+class SharedMemory(_message.Message):
+    __slots__ = ("bootId", "pid", "fd", "token", "offset", "numBytes", "cudaIpcHandle", "minMemAddr")
+    BOOTID_FIELD_NUMBER: _ClassVar[int]
+    PID_FIELD_NUMBER: _ClassVar[int]
+    FD_FIELD_NUMBER: _ClassVar[int]
+    TOKEN_FIELD_NUMBER: _ClassVar[int]
+    OFFSET_FIELD_NUMBER: _ClassVar[int]
+    NUMBYTES_FIELD_NUMBER: _ClassVar[int]
+    CUDAIPCHANDLE_FIELD_NUMBER: _ClassVar[int]
+    MINMEMADDR_FIELD_NUMBER: _ClassVar[int]
+    bootId: str
+    pid: int
+    fd: int
+    token: str
+    offset: int
+    numBytes: int
+    cudaIpcHandle: bytes
+    minMemAddr: MemAddr
+    def __init__(self, bootId: _Optional[str] = ..., pid: _Optional[int] = ..., fd: _Optional[int] = ..., token: _Optional[str] = ..., offset: _Optional[int] = ..., numBytes: _Optional[int] = ..., cudaIpcHandle: _Optional[bytes] = ..., minMemAddr: _Optional[_Union[MemAddr, _Mapping]] = ...) -> None: ...
+
+class ShareMemoryRequest(_message.Message):
+    __slots__ = ("deviceId", "move")
+    DEVICEID_FIELD_NUMBER: _ClassVar[int]
+    MOVE_FIELD_NUMBER: _ClassVar[int]
+    deviceId: int
+    move: bool
+    def __init__(self, deviceId: _Optional[int] = ..., move: bool = ...) -> None: ...
+
+class QuiesceRequest(_message.Message):
+    __slots__ = ("commId", "deviceId")
+    COMMID_FIELD_NUMBER: _ClassVar[int]
+    DEVICEID_FIELD_NUMBER: _ClassVar[int]
+    commId: int
+    deviceId: int
+    def __init__(self, commId: _Optional[int] = ..., deviceId: _Optional[int] = ...) -> None: ...
+
+class QuiesceResponse(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
 
 class GetDeviceMetadataRequest(_message.Message):
     __slots__ = ("deviceId",)
@@ -258,14 +302,16 @@ class GetStreamStatusResponse(_message.Message):
     def __init__(self, status: _Optional[_Union[Status, str]] = ..., message: _Optional[str] = ...) -> None: ...
 
 class Peer(_message.Message):
-    __slots__ = ("deviceId", "address", "transport")
+    __slots__ = ("deviceId", "address", "transport", "sharedMemory")
     DEVICEID_FIELD_NUMBER: _ClassVar[int]
     ADDRESS_FIELD_NUMBER: _ClassVar[int]
     TRANSPORT_FIELD_NUMBER: _ClassVar[int]
+    SHAREDMEMORY_FIELD_NUMBER: _ClassVar[int]
     deviceId: int
     address: str
     transport: Transport
-    def __init__(self, deviceId: _Optional[int] = ..., address: _Optional[str] = ..., transport: _Optional[_Union[Transport, str]] = ...) -> None: ...
+    sharedMemory: SharedMemory
+    def __init__(self, deviceId: _Optional[int] = ..., address: _Optional[str] = ..., transport: _Optional[_Union[Transport, str]] = ..., sharedMemory: _Optional[_Union[SharedMemory, _Mapping]] = ...) -> None: ...
 
 class JoinCommRequest(_message.Message):
     __slots__ = ("commId", "rank", "peers", "deviceId")
@@ -280,8 +326,18 @@ class JoinCommRequest(_message.Message):
     def __init__(self, commId: _Optional[int] = ..., rank: _Optional[int] = ..., peers: _Optional[_Iterable[_Union[Peer, _Mapping]]] = ..., deviceId: _Optional[int] = ...) -> None: ...
 
 class JoinCommResponse(_message.Message):
-    __slots__ = ()
-    def __init__(self) -> None: ...
+    __slots__ = ("unreachable",)
+    UNREACHABLE_FIELD_NUMBER: _ClassVar[int]
+    unreachable: _containers.RepeatedCompositeFieldContainer[UnreachableMemory]
+    def __init__(self, unreachable: _Optional[_Iterable[_Union[UnreachableMemory, _Mapping]]] = ...) -> None: ...
+
+class UnreachableMemory(_message.Message):
+    __slots__ = ("rank", "reason")
+    RANK_FIELD_NUMBER: _ClassVar[int]
+    REASON_FIELD_NUMBER: _ClassVar[int]
+    rank: int
+    reason: str
+    def __init__(self, rank: _Optional[int] = ..., reason: _Optional[str] = ...) -> None: ...
 
 class LeaveCommRequest(_message.Message):
     __slots__ = ("commId", "deviceId")
@@ -371,8 +427,32 @@ class Link(_message.Message):
     recvStreamId: int
     def __init__(self, peer: _Optional[int] = ..., sendStreamId: _Optional[int] = ..., recvStreamId: _Optional[int] = ...) -> None: ...
 
+class RankAddress(_message.Message):
+    __slots__ = ("rank", "addr")
+    RANK_FIELD_NUMBER: _ClassVar[int]
+    ADDR_FIELD_NUMBER: _ClassVar[int]
+    rank: int
+    addr: int
+    def __init__(self, rank: _Optional[int] = ..., addr: _Optional[int] = ...) -> None: ...
+
+class Pass(_message.Message):
+    __slots__ = ("dtype", "op", "count", "sources", "destinations", "weights")
+    DTYPE_FIELD_NUMBER: _ClassVar[int]
+    OP_FIELD_NUMBER: _ClassVar[int]
+    COUNT_FIELD_NUMBER: _ClassVar[int]
+    SOURCES_FIELD_NUMBER: _ClassVar[int]
+    DESTINATIONS_FIELD_NUMBER: _ClassVar[int]
+    WEIGHTS_FIELD_NUMBER: _ClassVar[int]
+    dtype: DataType
+    op: ReduceOp
+    count: int
+    sources: _containers.RepeatedCompositeFieldContainer[RankAddress]
+    destinations: _containers.RepeatedCompositeFieldContainer[RankAddress]
+    weights: _containers.RepeatedScalarFieldContainer[float]
+    def __init__(self, dtype: _Optional[_Union[DataType, str]] = ..., op: _Optional[_Union[ReduceOp, str]] = ..., count: _Optional[int] = ..., sources: _Optional[_Iterable[_Union[RankAddress, _Mapping]]] = ..., destinations: _Optional[_Iterable[_Union[RankAddress, _Mapping]]] = ..., weights: _Optional[_Iterable[float]] = ...) -> None: ...
+
 class ExecuteRequest(_message.Message):
-    __slots__ = ("commId", "deviceId", "programs", "operations", "links", "stallTimeoutMs", "sliceBytes")
+    __slots__ = ("commId", "deviceId", "programs", "operations", "links", "stallTimeoutMs", "sliceBytes", "passes")
     COMMID_FIELD_NUMBER: _ClassVar[int]
     DEVICEID_FIELD_NUMBER: _ClassVar[int]
     PROGRAMS_FIELD_NUMBER: _ClassVar[int]
@@ -380,6 +460,7 @@ class ExecuteRequest(_message.Message):
     LINKS_FIELD_NUMBER: _ClassVar[int]
     STALLTIMEOUTMS_FIELD_NUMBER: _ClassVar[int]
     SLICEBYTES_FIELD_NUMBER: _ClassVar[int]
+    PASSES_FIELD_NUMBER: _ClassVar[int]
     commId: int
     deviceId: int
     programs: _containers.RepeatedCompositeFieldContainer[Program]
@@ -387,7 +468,8 @@ class ExecuteRequest(_message.Message):
     links: _containers.RepeatedCompositeFieldContainer[Link]
     stallTimeoutMs: int
     sliceBytes: int
-    def __init__(self, commId: _Optional[int] = ..., deviceId: _Optional[int] = ..., programs: _Optional[_Iterable[_Union[Program, _Mapping]]] = ..., operations: _Optional[_Iterable[_Union[Operation, _Mapping]]] = ..., links: _Optional[_Iterable[_Union[Link, _Mapping]]] = ..., stallTimeoutMs: _Optional[int] = ..., sliceBytes: _Optional[int] = ...) -> None: ...
+    passes: _containers.RepeatedCompositeFieldContainer[Pass]
+    def __init__(self, commId: _Optional[int] = ..., deviceId: _Optional[int] = ..., programs: _Optional[_Iterable[_Union[Program, _Mapping]]] = ..., operations: _Optional[_Iterable[_Union[Operation, _Mapping]]] = ..., links: _Optional[_Iterable[_Union[Link, _Mapping]]] = ..., stallTimeoutMs: _Optional[int] = ..., sliceBytes: _Optional[int] = ..., passes: _Optional[_Iterable[_Union[Pass, _Mapping]]] = ...) -> None: ...
 
 class ExecuteResponse(_message.Message):
     __slots__ = ("bytesSent",)

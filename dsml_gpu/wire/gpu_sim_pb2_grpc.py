@@ -57,6 +57,16 @@ class GPUDeviceStub(object):
                 request_serializer=dsml__gpu_dot_wire_dot_gpu__sim__pb2.ExecuteRequest.SerializeToString,
                 response_deserializer=dsml__gpu_dot_wire_dot_gpu__sim__pb2.ExecuteResponse.FromString,
                 )
+        self.ShareMemory = channel.unary_unary(
+                '/gpu_sim.GPUDevice/ShareMemory',
+                request_serializer=dsml__gpu_dot_wire_dot_gpu__sim__pb2.ShareMemoryRequest.SerializeToString,
+                response_deserializer=dsml__gpu_dot_wire_dot_gpu__sim__pb2.SharedMemory.FromString,
+                )
+        self.Quiesce = channel.unary_unary(
+                '/gpu_sim.GPUDevice/Quiesce',
+                request_serializer=dsml__gpu_dot_wire_dot_gpu__sim__pb2.QuiesceRequest.SerializeToString,
+                response_deserializer=dsml__gpu_dot_wire_dot_gpu__sim__pb2.QuiesceResponse.FromString,
+                )
         self.Malloc = channel.unary_unary(
                 '/gpu_sim.GPUDevice/Malloc',
                 request_serializer=dsml__gpu_dot_wire_dot_gpu__sim__pb2.MallocRequest.SerializeToString,
@@ -153,6 +163,21 @@ class GPUDeviceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def ShareMemory(self, request, context):
+        """Tells where other processes of the same user on the same host find the device's memory, which they read and write
+        there without asking. Errors: FAILED_PRECONDITION (it cannot be shared, or the server was told not to).
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Quiesce(self, request, context):
+        """Answers when no Execute of the communicator runs here any more; those that do are aborted. Idempotent.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def Malloc(self, request, context):
         """Reserves device memory. Errors: RESOURCE_EXHAUSTED.
         """
@@ -223,6 +248,16 @@ def add_GPUDeviceServicer_to_server(servicer, server):
                     servicer.Execute,
                     request_deserializer=dsml__gpu_dot_wire_dot_gpu__sim__pb2.ExecuteRequest.FromString,
                     response_serializer=dsml__gpu_dot_wire_dot_gpu__sim__pb2.ExecuteResponse.SerializeToString,
+            ),
+            'ShareMemory': grpc.unary_unary_rpc_method_handler(
+                    servicer.ShareMemory,
+                    request_deserializer=dsml__gpu_dot_wire_dot_gpu__sim__pb2.ShareMemoryRequest.FromString,
+                    response_serializer=dsml__gpu_dot_wire_dot_gpu__sim__pb2.SharedMemory.SerializeToString,
+            ),
+            'Quiesce': grpc.unary_unary_rpc_method_handler(
+                    servicer.Quiesce,
+                    request_deserializer=dsml__gpu_dot_wire_dot_gpu__sim__pb2.QuiesceRequest.FromString,
+                    response_serializer=dsml__gpu_dot_wire_dot_gpu__sim__pb2.QuiesceResponse.SerializeToString,
             ),
             'Malloc': grpc.unary_unary_rpc_method_handler(
                     servicer.Malloc,
@@ -390,6 +425,40 @@ class GPUDevice(object):
         return grpc.experimental.unary_unary(request, target, '/gpu_sim.GPUDevice/Execute',
             dsml__gpu_dot_wire_dot_gpu__sim__pb2.ExecuteRequest.SerializeToString,
             dsml__gpu_dot_wire_dot_gpu__sim__pb2.ExecuteResponse.FromString,
+            options, channel_credentials,
+            insecure, call_credentials, compression, wait_for_ready, timeout, metadata)
+
+    @staticmethod
+    def ShareMemory(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(request, target, '/gpu_sim.GPUDevice/ShareMemory',
+            dsml__gpu_dot_wire_dot_gpu__sim__pb2.ShareMemoryRequest.SerializeToString,
+            dsml__gpu_dot_wire_dot_gpu__sim__pb2.SharedMemory.FromString,
+            options, channel_credentials,
+            insecure, call_credentials, compression, wait_for_ready, timeout, metadata)
+
+    @staticmethod
+    def Quiesce(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(request, target, '/gpu_sim.GPUDevice/Quiesce',
+            dsml__gpu_dot_wire_dot_gpu__sim__pb2.QuiesceRequest.SerializeToString,
+            dsml__gpu_dot_wire_dot_gpu__sim__pb2.QuiesceResponse.FromString,
             options, channel_credentials,
             insecure, call_credentials, compression, wait_for_ready, timeout, metadata)
 

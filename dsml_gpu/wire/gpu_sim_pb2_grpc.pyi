@@ -102,6 +102,20 @@ class GPUDeviceStub:
     DEADLINE_EXCEEDED (nothing moved for stallTimeoutMs).
     """
 
+    ShareMemory: grpc.UnaryUnaryMultiCallable[
+        dsml_gpu.wire.gpu_sim_pb2.ShareMemoryRequest,
+        dsml_gpu.wire.gpu_sim_pb2.SharedMemory,
+    ]
+    """Tells where other processes of the same user on the same host find the device's memory, which they read and write
+    there without asking. Errors: FAILED_PRECONDITION (it cannot be shared, or the server was told not to).
+    """
+
+    Quiesce: grpc.UnaryUnaryMultiCallable[
+        dsml_gpu.wire.gpu_sim_pb2.QuiesceRequest,
+        dsml_gpu.wire.gpu_sim_pb2.QuiesceResponse,
+    ]
+    """Answers when no Execute of the communicator runs here any more; those that do are aborted. Idempotent."""
+
     Malloc: grpc.UnaryUnaryMultiCallable[
         dsml_gpu.wire.gpu_sim_pb2.MallocRequest,
         dsml_gpu.wire.gpu_sim_pb2.MallocResponse,
@@ -198,6 +212,20 @@ class GPUDeviceAsyncStub:
     group on this rank. Errors: NOT_FOUND (comm), INVALID_ARGUMENT, OUT_OF_RANGE, UNAVAILABLE (a peer is gone),
     DEADLINE_EXCEEDED (nothing moved for stallTimeoutMs).
     """
+
+    ShareMemory: grpc.aio.UnaryUnaryMultiCallable[
+        dsml_gpu.wire.gpu_sim_pb2.ShareMemoryRequest,
+        dsml_gpu.wire.gpu_sim_pb2.SharedMemory,
+    ]
+    """Tells where other processes of the same user on the same host find the device's memory, which they read and write
+    there without asking. Errors: FAILED_PRECONDITION (it cannot be shared, or the server was told not to).
+    """
+
+    Quiesce: grpc.aio.UnaryUnaryMultiCallable[
+        dsml_gpu.wire.gpu_sim_pb2.QuiesceRequest,
+        dsml_gpu.wire.gpu_sim_pb2.QuiesceResponse,
+    ]
+    """Answers when no Execute of the communicator runs here any more; those that do are aborted. Idempotent."""
 
     Malloc: grpc.aio.UnaryUnaryMultiCallable[
         dsml_gpu.wire.gpu_sim_pb2.MallocRequest,
@@ -311,6 +339,24 @@ class GPUDeviceServicer(metaclass=abc.ABCMeta):
         group on this rank. Errors: NOT_FOUND (comm), INVALID_ARGUMENT, OUT_OF_RANGE, UNAVAILABLE (a peer is gone),
         DEADLINE_EXCEEDED (nothing moved for stallTimeoutMs).
         """
+
+    @abc.abstractmethod
+    def ShareMemory(
+        self,
+        request: dsml_gpu.wire.gpu_sim_pb2.ShareMemoryRequest,
+        context: _ServicerContext,
+    ) -> typing.Union[dsml_gpu.wire.gpu_sim_pb2.SharedMemory, collections.abc.Awaitable[dsml_gpu.wire.gpu_sim_pb2.SharedMemory]]:
+        """Tells where other processes of the same user on the same host find the device's memory, which they read and write
+        there without asking. Errors: FAILED_PRECONDITION (it cannot be shared, or the server was told not to).
+        """
+
+    @abc.abstractmethod
+    def Quiesce(
+        self,
+        request: dsml_gpu.wire.gpu_sim_pb2.QuiesceRequest,
+        context: _ServicerContext,
+    ) -> typing.Union[dsml_gpu.wire.gpu_sim_pb2.QuiesceResponse, collections.abc.Awaitable[dsml_gpu.wire.gpu_sim_pb2.QuiesceResponse]]:
+        """Answers when no Execute of the communicator runs here any more; those that do are aborted. Idempotent."""
 
     @abc.abstractmethod
     def Malloc(

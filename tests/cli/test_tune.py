@@ -127,11 +127,12 @@ def test_explain_knows_all_collectives(collective: str) -> None:
 def test_explain_says_what_a_coordinator_chooses(coordinator: ServerProcess) -> None:
     result = run("explain", "--size", "64KiB", "--ranks", "3", "--target", coordinator.address)
     assert result.exit_code == 0, result.output
-    best = next(line for line in result.output.splitlines() if line.startswith("│")).split("│")[1].strip()
     with connect(coordinator.address) as client, client.communicator(3) as comm:
         done = comm.all_reduce(comm.empty((64 << 10) // 8))
         assert done is not None
-        assert done.algorithm == best
+        assert done.algorithm == "direct"
+        assert "one pass over the memory" in " ".join(result.output.split())
+        assert done.reason.split(", ")[0] == "predicted " + result.output.split("predicted ")[-1].strip().rstrip(".")
     refused = run("explain", "--ranks", "4", "--target", coordinator.address)
     assert refused.exit_code == 1
     assert "has 3" in refused.output

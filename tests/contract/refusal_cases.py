@@ -172,6 +172,8 @@ _UNKNOWN_DEVICE = [
         "JoinComm": lambda world: pb.JoinCommRequest(commId=3, peers=[pb.Peer(deviceId=1)], deviceId=NOBODY),
         "LeaveComm": lambda world: pb.LeaveCommRequest(commId=3, deviceId=NOBODY),
         "Execute": lambda world: pb.ExecuteRequest(commId=0, deviceId=NOBODY),
+        "ShareMemory": lambda world: pb.ShareMemoryRequest(deviceId=NOBODY),
+        "Quiesce": lambda world: pb.QuiesceRequest(commId=3, deviceId=NOBODY),
         "Malloc": lambda world: pb.MallocRequest(deviceId=device_id(NOBODY), numBytes=8),
         "Free": lambda world: pb.FreeRequest(deviceId=device_id(NOBODY), memAddr=addr(MIN_ADDR)),
         "StreamHostToDevice": lambda world: [

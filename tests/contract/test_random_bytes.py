@@ -21,6 +21,7 @@ from hypothesis import strategies as st
 
 from dsml_gpu.cli.fleet import Fleet, ServerProcess
 from dsml_gpu.client.collectives import wire_schedule
+from dsml_gpu.memory.shared import boot_id
 from dsml_gpu.schedules import algorithms_of, find_algorithm
 from dsml_gpu.schedules.cost_model import DEFAULT_COST_MODEL, LINKS_ONLY
 from dsml_gpu.wire import gpu_sim_pb2 as pb
@@ -85,6 +86,8 @@ _ALGORITHMS = ["", "auto", "ring", "direct", "binomial_tree", "dissemination", "
 #: What strings are filled with.
 STRINGS = {
     "gpu_sim.Peer.address": ["", "127.0.0.1:1", "[::1]:1", ":", "127.0.0.1:99999", "unix:/"],
+    "gpu_sim.SharedMemory.bootId": ["", "elsewhere", boot_id()],
+    "gpu_sim.SharedMemory.token": ["", "/", "0" * 32],
     "gpu_sim.CollectiveRequest.algorithm": _ALGORITHMS,
     "gpu_sim.Schedule.algorithm": _ALGORITHMS,
     "gpu_sim.SetCostModelRequest.json": ["", "{}", "[" * 9999, DEFAULT_COST_MODEL.to_json(), LINKS_ONLY.to_json()],

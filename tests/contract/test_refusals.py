@@ -94,6 +94,7 @@ def test_the_table_has_an_unknown_id_for_every_rpc_that_takes_one(service: str):
     makes_its_own = {
         ("GPUDevice", "JoinComm"),
         ("GPUDevice", "LeaveComm"),
+        ("GPUDevice", "Quiesce"),
         ("GPUDevice", "Malloc"),
         # The allocation is what is not found, where the commId is not the one it was made for.
         ("GPUDevice", "Free"),
@@ -259,16 +260,18 @@ def test_bytes_that_are_no_message_are_refused(world: World):
     )
 
 
-def test_peer_to_peer_cannot_be_forced_between_processes(world: World):
-    ids = [device.deviceId.value for device in world.fleet_comm.devices]
-    request = pb.CommInitRequest(numDevices=2, deviceIds=ids, transport=pb.P2P)
-    error = failure_of(lambda: world.fleet.coordinator.CommInit(request, timeout=CALL_TIMEOUT_S))
-    assert error.code().name == "INVALID_ARGUMENT"
-    for word in ("p2p", "device 1", "device 2", *(device.address for device in world.fleet_comm.devices)):
-        assert word in error.details()
-    # A communicator that could not be made holds no devices.
-    listed = world.fleet.coordinator.ListDevices(pb.ListDevicesRequest(), timeout=CALL_TIMEOUT_S).devices
-    assert [list(status.commIds) for status in listed] == [[world.fleet_comm.commId]] * 2
+def test_peer_to_peer_cannot_be_forced_between_processes_that_do_not_share_memory():
+    with Fleet(2, ["--memory", "16MiB", "--no-share-memory"]) as fleet, rpc_to(fleet.address) as rpc:
+        request = pb.CommInitRequest(numDevices=2, transport=pb.P2P)
+        error = failure_of(lambda: rpc.coordinator.CommInit(request, timeout=CALL_TIMEOUT_S))
+        assert error.code().name == "INVALID_ARGUMENT"
+        for word in ("p2p", "device 1", fleet.devices[0].address, "told not to share"):
+            assert word in error.details()
+        # A communicator that could not be made holds no devices.
+        listed = rpc.coordinator.ListDevices(pb.ListDevicesRequest(), timeout=CALL_TIMEOUT_S).devices
+        assert [list(status.commIds) for status in listed] == [[]] * 2
+        with rpc.comm(2) as comm:
+            all_reduce_on(rpc, comm)
 
 
 # ---- collectives -----------------------------------------------------------------------------------------------------

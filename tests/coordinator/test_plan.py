@@ -9,7 +9,6 @@ import pytest
 
 from dsml_gpu.coordinator.call import CollectiveCall, call_of
 from dsml_gpu.coordinator.plan import Plan, choose_transport, execute_requests, hosts_of, key_of, peers_of, plan_of
-from dsml_gpu.errors import InvalidValue
 from dsml_gpu.reduction import DTYPES
 from dsml_gpu.wire import gpu_sim_pb2 as pb
 from tests.collectives.harness import all_reduce_request
@@ -30,16 +29,12 @@ def device(device_id: int, process: str, backend: str = "numpy") -> pb.DeviceMet
         (device(1, ""), device(2, ""), pb.AUTO, pb.GRPC),  # device servers that tell no process share none
         (device(1, "a"), device(2, "a"), pb.GRPC, pb.GRPC),
         (device(1, "a"), device(2, "a"), pb.P2P, pb.P2P),
+        (device(1, "a"), device(2, "b"), pb.P2P, pb.GRPC),  # unless all goes by passes over memory
     ],
 )
 def test_transport(one: pb.DeviceMetadata, other: pb.DeviceMetadata, forced: int, expected: int) -> None:
     assert choose_transport(one, other, forced) == expected
     assert choose_transport(other, one, forced) == expected
-
-
-def test_p2p_cannot_be_forced_between_processes() -> None:
-    with pytest.raises(InvalidValue, match=r"device 1 \(numpy at host:1\) and device 2 \(numpy at host:2\)"):
-        choose_transport(device(1, "a"), device(2, "b"), pb.P2P)
 
 
 def test_transport_is_chosen_for_each_pair() -> None:

@@ -31,6 +31,13 @@ class FakeServer:
         self.failure: Exception = Unavailable("nobody there")
         self.calls: list[str] = []
         self.left: list[tuple[int, int]] = []
+        self.tells_of_its_end = False
+
+    async def open_lane(self, name: str) -> None:
+        assert name == ""
+
+    def close(self) -> None:
+        raise AssertionError
 
     async def call(self, method: str, request: Any, timeout_s: float | None) -> Any:
         self.calls.append(method)

@@ -1,0 +1,87 @@
+"""One round of control messages: an Execute on each rank that has work, side by side."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
+
+from dsml_gpu.coordinator.device_handle import DeviceHandle
+from dsml_gpu.errors import CommNotFound, DsmlError, OperationAborted, OperationTimeout, PeerUnavailable
+from dsml_gpu.wire import gpu_sim_pb2 as pb
+
+#: After one rank has failed the others are given so long to say why, before they are cancelled: the first to answer is
+#: often a peer of the one that knows.
+_EXPLANATION_S = 0.5
+
+
+class Fence(Protocol):
+    """Keeps ranks that were given up from what comes later."""
+
+    async def fence(self, comm_id: int, handles: Sequence[DeviceHandle], ranks: Sequence[int]) -> None:
+        """Returns when these ranks can write nowhere any more."""
+
+
+async def run_round(
+    handles: Sequence[DeviceHandle],
+    requests: Mapping[int, pb.ExecuteRequest],
+    timeout_s: float,
+    fence: Fence | None = None,
+) -> int:
+    """Runs one round; returns the bytes that moved between ranks.
+
+    Args:
+        handles: of each rank.
+        requests: by rank; ranks that have nothing to do have none.
+        timeout_s: it fails when it takes longer.
+        fence: used where the round fails or is cancelled, on the ranks with passes that did not answer.
+
+    Raises:
+        DsmlError: of all that ranks failed with, what happened first; what followed from it last.
+    """
+    tasks = {rank: asyncio.ensure_future(_execute(rank, handles[rank], request)) for rank, request in requests.items()}
+    try:
+        _, unfinished = await asyncio.wait(tasks.values(), timeout=timeout_s, return_when=asyncio.FIRST_EXCEPTION)
+        if unfinished and not any(task.done() and task.exception() for task in tasks.values()):
+            waits = [f"rank {rank} ({handles[rank]})" for rank, task in tasks.items() if task in unfinished]
+            raise OperationTimeout(f"{', '.join(waits)} not done after {timeout_s:g} s")
+        if unfinished:
+            await asyncio.wait(unfinished, timeout=_EXPLANATION_S)
+    finally:
+        await cancel(list(tasks.values()))
+        failed = [rank for rank, task in tasks.items() if requests[rank].passes and (task.cancelled() or task.exception())]
+        if failed and fence is not None:
+            comm_id = requests[failed[0]].commId
+            await asyncio.shield(fence.fence(comm_id, handles, failed))
+    errors = [task.exception() for task in tasks.values() if not task.cancelled() and task.exception()]
+    if errors:
+        raise min((error for error in errors if error is not None), key=_vagueness)
+    return sum(task.result() for task in tasks.values())
+
+
+async def _execute(rank: int, handle: DeviceHandle, request: pb.ExecuteRequest) -> int:
+    try:
+        response = await handle.call("Execute", request, timeout_s=None)
+    except CommNotFound:
+        raise PeerUnavailable(f"rank {rank}: {handle} has lost the communicator; its server was restarted") from None
+    except DsmlError as error:
+        raise type(error)(f"rank {rank} ({handle}): {error}") from error
+    return int(response.bytesSent)
+
+
+def _vagueness(error: BaseException) -> int:
+    """Orders the errors of several ranks: what happened first, what followed from it last."""
+    if isinstance(error, OperationAborted):
+        return 3
+    if isinstance(error, OperationTimeout):
+        return 2
+    return 1 if isinstance(error, PeerUnavailable) else 0
+
+
+async def cancel(tasks: Sequence[asyncio.Task[Any]]) -> None:
+    """Cancels what is not done, and waits for it to end."""
+    unfinished = [task for task in tasks if not task.done()]
+    for task in unfinished:
+        task.cancel()
+    if unfinished:
+        await asyncio.gather(*unfinished, return_exceptions=True)

@@ -1,0 +1,161 @@
+"""Whether the ranks of a communicator have each other's memory open, and how it is taken from those who must not have it.
+
+Devices open each other's memory when they join. From then on a rank that runs passes (`passes`) writes to the memory of
+all. Devices are never trusted to have stopped because nobody heard of them: when a round of passes fails, each rank that did
+not answer is asked to stop, and where one does not even answer that, the memory of all others is moved to where it has not
+opened it. Then it may wake up at any time; what it writes lands in memory that nobody uses. Undisturbed operations pay
+nothing for this. A failure costs a copy of what the survivors have ever touched.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Coroutine, Sequence
+from typing import Any
+
+from dsml_gpu.coordinator import passes, plan
+from dsml_gpu.coordinator.call import CollectiveCall
+from dsml_gpu.coordinator.control_round import cancel
+from dsml_gpu.coordinator.device_handle import DeviceHandle
+from dsml_gpu.errors import DsmlError, InvalidValue, NoAnswer, PeerUnavailable
+from dsml_gpu.wire import gpu_sim_pb2 as pb
+
+log = logging.getLogger(__name__)
+
+#: For a rank to stop what it writes.
+_QUIESCE_TIMEOUT_S = 2.0
+
+
+class MemoryAccess:
+    """Of one communicator.
+
+    Args:
+        forced_transport: number of ``enum Transport``.
+
+    Attributes:
+        all_open: every rank has the memory of every rank open.
+    """
+
+    def __init__(self, forced_transport: int) -> None:
+        self._forced = forced_transport
+        self.all_open = False
+        self._joined_with: list[pb.SharedMemory | None] = []
+        self._one_process = True
+
+    async def join(self, comm_id: int, handles: Sequence[DeviceHandle]) -> None:
+        """Tells every device its rank and its peers, and has it open their memory.
+
+        Raises:
+            InvalidValue: p2p is forced, and the devices cannot open each other's memory.
+            DsmlError: what a device refuses with.
+        """
+        devices = [handle.metadata for handle in handles]
+        uids = {device.processUid for device in devices}
+        self._one_process = len(uids) == 1 and "" not in uids and len({device.backend for device in devices}) == 1
+        closed = await self._share(handles, devices)
+        self._joined_with = [handle.shared for handle in handles]
+        responses = await _all_or_first_error(
+            [
+                handle.call(
+                    "JoinComm",
+                    pb.JoinCommRequest(
+                        commId=comm_id,
+                        rank=rank,
+                        peers=plan.peers_of(devices, rank, self._forced, self._joined_with),
+                        deviceId=handle.device_id,
+                    ),
+                )
+                for rank, handle in enumerate(handles)
+            ]
+        )
+        if closed is None:
+            closed = next(
+                (
+                    f"{handles[rank]} cannot open the memory of {handles[unreachable.rank]}: {unreachable.reason}"
+                    for rank, response in enumerate(responses)
+                    for unreachable in response.unreachable
+                ),
+                None,
+            )
+            if closed is not None:
+                log.warning("communicator %d uses gRPC: %s", comm_id, closed)
+        self.all_open = closed is None
+        if not self.all_open and not self._one_process and self._forced == pb.P2P:
+            raise InvalidValue(f"p2p is not possible between these devices: {closed}")
+
+    async def _share(self, handles: Sequence[DeviceHandle], devices: Sequence[pb.DeviceMetadata]) -> str | None:
+        """Asks devices where their memory can be opened, where that may help; returns why it does not."""
+        for handle in handles:
+            if self._one_process:
+                handle.shared = None
+        if not passes.may_open_memory(devices, self._forced):
+            return "they are not of one host and one backend, or their links are emulated"
+        if self._one_process:
+            return None
+        reasons = await _all_or_first_error([_share_memory(handle) for handle in handles])
+        return next((reason for reason in reasons if reason is not None), None)
+
+    def has_moved(self, handles: Sequence[DeviceHandle]) -> bool:
+        """Whether memory of a rank is somewhere else than when it joined: then all must join again."""
+        return self.all_open and any(
+            handle.shared is not joined for handle, joined in zip(handles, self._joined_with, strict=True)
+        )
+
+    def require_links(self, call: CollectiveCall, by_passes: bool) -> None:
+        """Raises InvalidValue where p2p is forced, and a call needs slices to go between processes."""
+        if self._forced == pb.P2P and not by_passes and not self._one_process and call.name != "barrier":
+            why = "in place" if call.copies_input else f"by {call.algorithm or 'a schedule of its own'}"
+            raise InvalidValue(
+                f"{call.name} {why} sends slices from rank to rank, which p2p does only within one process; between "
+                f"processes it runs the algorithm {passes.ALGORITHM}"
+            )
+
+    async def fence(self, comm_id: int, handles: Sequence[DeviceHandle], ranks: Sequence[int]) -> None:
+        """See `control_round.Fence`."""
+        stopped = await asyncio.gather(*(_quiesce(handles[rank], comm_id) for rank in ranks))
+        lost = [rank for rank, has in zip(ranks, stopped, strict=True) if not has]
+        if not lost:
+            return
+        survivors = [handle for rank, handle in enumerate(handles) if rank not in lost]
+        log.warning(
+            "communicator %d: %s may still write; the memory of the others moves",
+            comm_id,
+            ", ".join(str(handles[rank]) for rank in lost),
+        )
+        await asyncio.gather(*(_move_memory(handle) for handle in survivors))
+
+
+async def _quiesce(handle: DeviceHandle, comm_id: int) -> bool:
+    """Whether a device has stopped running operations of a communicator."""
+    try:
+        await handle.call("Quiesce", pb.QuiesceRequest(commId=comm_id, deviceId=handle.device_id), _QUIESCE_TIMEOUT_S)
+    except DsmlError:
+        return False
+    return True
+
+
+async def _share_memory(handle: DeviceHandle) -> str | None:
+    """Has a device say where its memory can be opened; returns why it cannot."""
+    try:
+        await handle.share_memory()
+    except (PeerUnavailable, NoAnswer):
+        raise
+    except DsmlError as error:  # an older server knows nothing of it
+        return f"{handle} does not share its memory: {error}"
+    return None
+
+
+async def _move_memory(handle: DeviceHandle) -> None:
+    try:
+        await handle.share_memory(move=True)
+    except DsmlError as error:
+        log.warning("the memory of %s did not move: %s", handle, error)
+
+
+async def _all_or_first_error(work: list[Coroutine[Any, Any, Any]]) -> list[Any]:
+    tasks = [asyncio.ensure_future(coroutine) for coroutine in work]
+    try:
+        return list(await asyncio.gather(*tasks))
+    finally:
+        await cancel(tasks)

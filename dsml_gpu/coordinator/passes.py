@@ -1,0 +1,293 @@
+"""Collectives as passes over memory that all ranks read and write: pure decisions.
+
+Where every rank can open the memory of every other one, a collective needs no schedule. By its specification
+(`schedules.COLLECTIVES`) each block is the reduction of what some ranks hold, or what one rank holds, and goes to some
+ranks; that is one pass over the block, with all holders as sources and all takers as destinations. It reads each input
+once and writes each output once, which is the least that can be done. This is the direct all-reduce (every rank reduces its
+own part from all peers), and its likes of the other collectives.
+
+Any rank can do any part of any pass, and parts do not touch each other, also where a collective is in place: an element of
+an output depends only on the same element of the inputs, all of which are read before it is written. So the parts need no
+order and no barrier.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import cast
+
+from dsml_gpu.coordinator.call import CollectiveCall
+from dsml_gpu.reduction import dtype_of
+from dsml_gpu.wire import gpu_sim_pb2 as pb
+
+#: What a collective that is run as passes calls its algorithm.
+ALGORITHM = "direct"
+#: Below so many bytes read and written a second rank costs more, by its messages, than it helps.
+BYTES_PER_WORKER = 4 << 20
+#: Parts begin at multiples of so many bytes from the start of a block: no two ranks write to one cache line.
+_ALIGNMENT = 64
+
+#: A rank, and an address in its device's memory.
+Location = tuple[int, int]
+
+
+@dataclass(frozen=True, slots=True)
+class Pass:
+    """One pass: sources are reduced, one source alone is copied, and the result goes to all destinations.
+
+    Attributes:
+        dtype, op: numbers on the wire.
+        count: bytes of each range.
+        weights: of each source; empty: none.
+    """
+
+    dtype: int
+    op: int
+    count: int
+    sources: tuple[Location, ...]
+    destinations: tuple[Location, ...]
+    weights: tuple[float, ...] = ()
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes read and written."""
+        return self.count * (len(self.sources) + len(self.destinations))
+
+    def part(self, start: int, stop: int) -> Pass:
+        """The pass over bytes ``[start, stop)`` of each range."""
+        return Pass(
+            self.dtype,
+            self.op,
+            stop - start,
+            tuple((rank, addr + start) for rank, addr in self.sources),
+            tuple((rank, addr + start) for rank, addr in self.destinations),
+            self.weights,
+        )
+
+    def to_wire(self) -> pb.Pass:
+        """As it is shipped."""
+        return pb.Pass(
+            dtype=cast("pb.DataType", self.dtype),
+            op=cast("pb.ReduceOp", self.op),
+            count=self.count,
+            sources=[pb.RankAddress(rank=rank, addr=addr) for rank, addr in self.sources],
+            destinations=[pb.RankAddress(rank=rank, addr=addr) for rank, addr in self.destinations],
+            weights=self.weights,
+        )
+
+
+def may_open_memory(devices: Sequence[pb.DeviceMetadata], forced: int = pb.AUTO) -> bool:
+    """Whether all of these devices can be asked to open the memory of each other.
+
+    Args:
+        devices: of each rank.
+        forced: number of ``enum Transport``; P2P also where links are emulated, which passes are not slowed down by.
+    """
+    first = devices[0]
+    return (
+        forced != pb.GRPC
+        and all(device.backend == first.backend and device.host == first.host for device in devices)
+        and (forced == pb.P2P or not any(device.linkLatencyNs or device.linkBytesPerS for device in devices))
+        # Two GPUs in one process copy what they need of each other; kernels read it where it is only across processes.
+        and len({(device.processUid, device.gpu) for device in devices}) == len({device.processUid for device in devices})
+    )
+
+
+def has_passes(call: CollectiveCall) -> bool:
+    """Whether a call can be run as passes: it moves data, and its outputs are nobody else's inputs."""
+    return call.collective.name != "barrier" and not call.copies_input and not call.own_schedule
+
+
+def passes_of(call: CollectiveCall) -> list[Pass]:
+    """The passes of a call, one for each block in which there is something to do."""
+    passes = []
+    for block, count in enumerate(call.counts):
+        sources, destinations = [], []
+        for rank, places in enumerate(call.places):
+            place = places.get(block)
+            if place is not None and place.send is not None:
+                sources.append((rank, place.send))
+            if place is not None and place.recv is not None:
+                destinations.append((rank, place.recv))
+        weights = tuple(call.weights[rank] for rank, _ in sources) if call.weights else ()
+        if not call.collective.reduces or (len(sources) == 1 and not weights):
+            destinations = [place for place in destinations if place not in sources]
+        if count and destinations:
+            passes.append(Pass(call.dtype, call.op, count, tuple(sources), tuple(destinations), weights))
+    return passes
+
+
+@lru_cache(maxsize=1024)
+def bytes_of(call: CollectiveCall) -> int:
+    """Bytes that the passes of a call read and write."""
+    return sum(one.nbytes for one in passes_of(call))
+
+
+@dataclass(frozen=True, slots=True)
+class Team:
+    """Who can do the work.
+
+    Attributes:
+        nranks: number of ranks.
+        cores: of their host; 0: not known.
+        gpus: of each rank, its process and its GPU; empty where memory is on the host.
+    """
+
+    nranks: int
+    cores: int
+    gpus: tuple[tuple[str, int], ...] = ()
+
+    @classmethod
+    def of(cls, devices: Sequence[pb.DeviceMetadata]) -> Team:
+        """That of devices of one backend on one host."""
+        on_host = devices[0].backend == "numpy"
+        gpus = () if on_host else tuple((device.processUid, device.gpu) for device in devices)
+        return cls(len(devices), devices[0].cores, gpus)
+
+    def workers(self, nbytes: int) -> list[int]:
+        """The ranks that do the work where so many bytes are read and written.
+
+        On the host as many as help, at most one for each core; on GPUs one for each GPU, whose kernels use all of it.
+        """
+        if self.gpus:
+            first: dict[tuple[str, int], int] = {}
+            for rank, gpu in enumerate(self.gpus):
+                first.setdefault(gpu, rank)
+            return list(first.values())
+        most = min(self.nranks, self.cores or self.nranks)
+        return list(range(max(1, min(most, nbytes // BYTES_PER_WORKER))))
+
+
+@dataclass(frozen=True, slots=True)
+class Round:
+    """Passes that run side by side.
+
+    Attributes:
+        work: of each rank that has some, in order, as it is shipped.
+        nbytes: that are read and written in all.
+    """
+
+    work: Mapping[int, Sequence[pb.Pass]]
+    nbytes: int
+
+
+@lru_cache(maxsize=1024)
+def rounds_of(calls: tuple[CollectiveCall, ...], team: Team) -> tuple[Round, ...]:
+    """Which rank does what, round by round; a round is over when all of it is done.
+
+    Calls that do not touch each other's outputs share a round, however many they are. Others are done one after the other,
+    by one rank and in one round where they are small.
+    """
+    in_turn = sum(map(bytes_of, calls)) < 2 * BYTES_PER_WORKER
+    rounds = []
+    for run in [calls] if in_turn else independent(calls):
+        some = [one for call in run for one in passes_of(call)]
+        nbytes = sum(one.nbytes for one in some)
+        ranks = team.workers(nbytes)
+        if in_turn:
+            ranks = ranks[:1]
+        work = {
+            rank: [one.to_wire() for one in share]
+            for rank, share in zip(ranks, shares(some, len(ranks)), strict=True)
+            if share
+        }
+        if work:
+            rounds.append(Round(work, nbytes))
+    return tuple(rounds)
+
+
+def independent(calls: Sequence[CollectiveCall]) -> list[list[CollectiveCall]]:
+    """Calls in runs, in order: within a run no call touches what another one writes, so they may run side by side."""
+    runs: list[list[CollectiveCall]] = []
+    touched: list[_Ranges] = []
+    for call in calls:
+        ranges = [_Ranges.of(rank, call) for rank in range(call.roles.nranks)]
+        if not runs or any(one.conflicts(other) for one, other in zip(touched, ranges, strict=True)):
+            runs.append([])
+            touched = [_Ranges() for _ in ranges]
+        runs[-1].append(call)
+        for one, other in zip(touched, ranges, strict=True):
+            one.add(other)
+    return runs
+
+
+class _Ranges:
+    """What some calls read and write on one rank."""
+
+    def __init__(self, read: Iterable[tuple[int, int]] = (), written: Iterable[tuple[int, int]] = ()) -> None:
+        self._read = list(read)
+        self._written = list(written)
+
+    @classmethod
+    def of(cls, rank: int, call: CollectiveCall) -> _Ranges:
+        """Those of one call."""
+        read, written = [], []
+        for block, place in call.places[rank].items():
+            if place.send is not None:
+                read.append((place.send, place.send + call.counts[block]))
+            if place.recv is not None:
+                written.append((place.recv, place.recv + call.counts[block]))
+        return cls(_merged(read), _merged(written))
+
+    def conflicts(self, other: _Ranges) -> bool:
+        """Whether one writes what the other one reads or writes."""
+        return (
+            _overlap(self._written, other._written)
+            or _overlap(self._written, other._read)
+            or _overlap(self._read, other._written)
+        )
+
+    def add(self, other: _Ranges) -> None:
+        self._read = _merged(self._read + other._read)
+        self._written = _merged(self._written + other._written)
+
+
+def _merged(ranges: list[tuple[int, int]]) -> list[tuple[int, int]]:
+    """The same bytes as ranges that neither overlap nor touch, in order."""
+    merged: list[tuple[int, int]] = []
+    for start, stop in sorted(ranges):
+        if start == stop:
+            continue
+        if merged and start <= merged[-1][1]:
+            merged[-1] = merged[-1][0], max(stop, merged[-1][1])
+        else:
+            merged.append((start, stop))
+    return merged
+
+
+def _overlap(ones: list[tuple[int, int]], others: list[tuple[int, int]]) -> bool:
+    """Whether two lists of `_merged` have a byte in common."""
+    position = 0
+    for start, stop in ones:
+        while position < len(others) and others[position][1] <= start:
+            position += 1
+        if position < len(others) and others[position][0] < stop:
+            return True
+    return False
+
+
+def shares(passes: Sequence[Pass], nworkers: int) -> list[list[Pass]]:
+    """Passes cut into as many lists, each of about as many bytes read and written, in order."""
+    total = sum(one.nbytes for one in passes)
+    lists: list[list[Pass]] = [[] for _ in range(nworkers)]
+    done = 0
+    for one in passes:
+        operands = len(one.sources) + len(one.destinations)
+        start, worker = 0, min(done * nworkers // total, nworkers - 1)
+        while start < one.count:
+            # Where this worker's share ends in the pass; the last one takes what is left.
+            end = one.count
+            if worker < nworkers - 1:
+                end = ((worker + 1) * total // nworkers - done) // operands // _unit(one) * _unit(one)
+                end = max(start, min(end, one.count))
+            if end > start:
+                lists[worker].append(one.part(start, end) if (start, end) != (0, one.count) else one)
+            start, worker = end, worker + 1
+        done += one.nbytes
+    return lists
+
+
+def _unit(one: Pass) -> int:
+    return max(_ALIGNMENT, dtype_of(one.dtype).itemsize)

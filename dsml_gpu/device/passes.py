@@ -1,0 +1,115 @@
+"""Runs passes over memory: reductions and copies between the memories of ranks, all of which this device has opened.
+
+A pass reads each source once and writes each destination once, whoever's they are, and no other rank takes part. So there
+is nothing to wait for within an operation: the coordinator gives each rank a part of the whole, and when all have answered
+it is done.
+
+A device that runs passes writes to the memory of others. One that freezes in the middle may go on when it has long been
+given up; before that memory is used for anything else, the coordinator has it moved (``ShareMemory.move``).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from dsml_gpu.device.device import Device
+from dsml_gpu.memory.device_memory import DeviceNDArray
+from dsml_gpu.reduction import Operator
+
+#: Bytes of one operand that are done in one piece, after which a pass can be given up: some 10 ms.
+_PIECE_BYTES = 16 << 20
+#: Passes that touch up to so many bytes together stop the event loop for less time than a thread would cost.
+_INLINE_BYTES = 1 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class Pass:
+    """One pass over ranges of equal length.
+
+    Attributes:
+        sources, destinations: ranges, as uint8 arrays. A destination may be one of the sources.
+        weights: of each source; empty: none.
+        divisor: what the result is divided by.
+    """
+
+    dtype: np.dtype[Any]
+    operator: Operator
+    sources: tuple[DeviceNDArray, ...]
+    destinations: tuple[DeviceNDArray, ...]
+    weights: tuple[np.generic, ...] = ()
+    divisor: int = 1
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that are read and written."""
+        return int(self.sources[0].nbytes) * (len(self.sources) + len(self.destinations))
+
+
+async def run_passes(device: Device, passes: Sequence[Pass]) -> None:
+    """Runs passes, in order; returns when they are done.
+
+    Cancelled, it returns (with the cancellation) when the device has stopped writing.
+
+    Raises:
+        InternalError: from the device's memory.
+    """
+    if device.arena.backend.name != "numpy":
+        for one in passes:
+            _run(device, one)
+        await device.arena.memory.finish()
+        return
+    if sum(one.nbytes for one in passes) <= _INLINE_BYTES:
+        for one in passes:
+            _run(device, one)
+        return
+    given_up = threading.Event()
+    work = asyncio.ensure_future(asyncio.to_thread(_run_all, device, passes, given_up))
+    try:
+        await asyncio.shield(work)
+    except asyncio.CancelledError:
+        given_up.set()
+        while not work.done():
+            with suppress(asyncio.CancelledError):  # whoever cancels once more is to wait as well
+                await asyncio.wait([work])
+        raise
+
+
+def _run_all(device: Device, passes: Sequence[Pass], given_up: threading.Event) -> None:
+    for one in passes:
+        length = one.sources[0].nbytes
+        for start in range(0, length, _PIECE_BYTES):
+            if given_up.is_set():
+                return
+            _run(device, one if length <= _PIECE_BYTES else _piece(one, slice(start, start + _PIECE_BYTES)))
+
+
+def _piece(one: Pass, part: slice) -> Pass:
+    return Pass(
+        one.dtype,
+        one.operator,
+        tuple(source[part] for source in one.sources),
+        tuple(destination[part] for destination in one.destinations),
+        one.weights,
+        one.divisor,
+    )
+
+
+def _run(device: Device, one: Pass) -> None:
+    memory, sources = device.arena.memory, one.sources
+    if one.weights:
+        weighed = [memory.scratch(source.nbytes) for source in sources]
+        for source, target, weight in zip(sources, weighed, one.weights, strict=True):
+            device.reducer.weigh(one.dtype, source, target, weight)
+        sources = tuple(weighed)
+    if len(sources) > 1 or one.divisor > 1:
+        device.reducer.reduce(one.operator, one.dtype, sources, one.destinations, one.divisor)
+        return
+    for destination in one.destinations:
+        memory.copy(destination, sources[0])
