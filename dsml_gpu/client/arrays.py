@@ -13,6 +13,7 @@ import numpy as np
 
 from dsml_gpu.client.host_arrays import as_host_array
 from dsml_gpu.client.rpc import CoordinatorConnection
+from dsml_gpu.client.shared_copies import SharedCopies
 from dsml_gpu.errors import AllocationNotFound, DsmlError, InvalidValue
 from dsml_gpu.wire import gpu_sim_pb2 as pb
 
@@ -46,6 +47,7 @@ class Device:
         self.name: str = metadata.deviceName
         self.min_addr: int = metadata.minMemAddr.value
         self.max_addr: int = metadata.maxMemAddr.value
+        self._shared = SharedCopies(connection, self.device_id, self.backend)
 
     def empty(self, shape: int | tuple[int, ...], dtype: Any = np.float64) -> DeviceArray:
         """A new array; its contents are undefined.
@@ -76,6 +78,16 @@ class Device:
                 result.free()
             raise
         return result
+
+    def _write(self, addr: int, data: np.ndarray) -> None:
+        """Copies host bytes (a uint8 array) to device memory."""
+        if not self._shared.write(addr, data):
+            self._connection.write(self.device_id, addr, data)
+
+    def _read(self, addr: int, out: np.ndarray) -> None:
+        """Copies device memory to host memory (a uint8 array)."""
+        if not self._shared.read(addr, out):
+            self._connection.read(self.device_id, addr, out)
 
     def __repr__(self) -> str:
         return f"Device({self.device_id} at {self.address}, {self.backend}, {self.name})"
@@ -119,7 +131,7 @@ class DeviceArray:
         if host.shape != self.shape:
             raise InvalidValue(f"expected an array of shape {self.shape}, got {host.shape}")
         if host.nbytes:
-            self.device._connection.write(self.device.device_id, self.addr, host.reshape(-1).view(np.uint8))
+            self.device._write(self.addr, host.reshape(-1).view(np.uint8))
 
     def get(self, out: np.ndarray | None = None) -> np.ndarray:
         """The values, as a numpy array in host memory.
@@ -140,7 +152,7 @@ class DeviceArray:
                 f"out must be C-contiguous with shape {self.shape} and type {self.dtype}, not {out.shape} and {out.dtype}"
             )
         if out.nbytes:
-            self.device._connection.read(self.device.device_id, self.addr, out.reshape(-1).view(np.uint8))
+            self.device._read(self.addr, out.reshape(-1).view(np.uint8))
         return out
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:

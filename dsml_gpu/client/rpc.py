@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import grpc
 import numpy as np
 
-from dsml_gpu.errors import DsmlError, PeerUnavailable, StreamLength, Unavailable
+from dsml_gpu.errors import DsmlError, MemoryNotShared, PeerUnavailable, StreamLength, Unavailable
 from dsml_gpu.wire import gpu_sim_pb2 as pb
 from dsml_gpu.wire.codec import Chunk
 from dsml_gpu.wire.status import error_of
@@ -86,6 +87,26 @@ class CoordinatorConnection:
             raise self._error(failure) from None
         if filled != out.nbytes:
             raise StreamLength(f"expected {out.nbytes} bytes of device memory, got {filled}")
+
+    @contextmanager
+    def hold(self, request: pb.HoldMemoryRequest) -> Iterator[pb.SharedMemory]:
+        """Holds a device's memory while the block runs; gives where it can be opened.
+
+        Raises:
+            MemoryNotShared: it cannot.
+            OperationTimeout: earlier work did not end, or the block took too long, and what it wrote may be lost.
+        """
+        call = self._stub.HoldMemory(request, timeout=self._copy_timeout_s(request.numBytes))
+        try:
+            yield next(call)
+            if not call.is_active():
+                next(call)
+        except grpc.RpcError as failure:
+            if failure.code() is grpc.StatusCode.UNIMPLEMENTED:
+                raise MemoryNotShared("the coordinator is older than copies through shared memory") from None
+            raise self._error(failure) from None
+        finally:
+            call.cancel()
 
     def close(self) -> None:
         """Closes the connection. Idempotent."""

@@ -4,21 +4,24 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any, Protocol
 
 import grpc
+import numpy as np
 
 from dsml_gpu.errors import (
     DeviceNotFound,
     DsmlError,
+    MessageTooLarge,
     NoAnswer,
     OperationAborted,
     OperationTimeout,
     PeerUnavailable,
     Unavailable,
 )
-from dsml_gpu.memory.arena import check_range
+from dsml_gpu.memory.arena import OpenedArena, check_range
+from dsml_gpu.memory.shared import SharedHandle, open_shared
 from dsml_gpu.wire import gpu_sim_pb2 as pb
 from dsml_gpu.wire.codec import Chunk
 from dsml_gpu.wire.lane import Lane, open_lane
@@ -34,7 +37,13 @@ _MOVE_TIMEOUT_S = 120.0
 
 
 class DeviceConnection(Protocol):
-    """How a coordinator reaches the service of a device. All methods raise `DsmlError`."""
+    """How a coordinator reaches the service of a device. All methods raise `DsmlError`.
+
+    Attributes:
+        lane: a short cut that is, or was, open; None: there is none.
+    """
+
+    lane: Lane | None
 
     @property
     def tells_of_its_end(self) -> bool:
@@ -66,27 +75,28 @@ class RemoteConnection:
     def __init__(self, stub: Any, stall_timeout_s: float) -> None:
         self._stub = stub
         self._stall_timeout_s = stall_timeout_s
-        self._lane: Lane | None = None
+        self.lane: Lane | None = None
         self._lane_name = ""
 
     @property
     def tells_of_its_end(self) -> bool:
-        return self._lane is not None and self._lane.is_open
+        return self.lane is not None and self.lane.is_open
 
     async def open_lane(self, name: str) -> None:
-        if name == self._lane_name and (self._lane is None or self._lane.is_open):
+        if name == self._lane_name and (self.lane is None or self.lane.is_open):
             return  # it is open, or cannot be opened from here
         self.close()
         self._lane_name = name
-        self._lane = await open_lane(name)
+        self.lane = await open_lane(name)
 
     def close(self) -> None:
-        if self._lane is not None:
-            self._lane.close()
+        if self.lane is not None:
+            self.lane.close()
 
     async def call(self, method: str, request: Any, timeout_s: float | None) -> Any:
-        if self._lane is not None and self._lane.is_open:
-            return await self._lane.call(method, request, timeout_s)
+        if self.lane is not None and self.lane.is_open:
+            with suppress(MessageTooLarge):  # then by gRPC, which takes more
+                return await self.lane.call(method, request, timeout_s)
         try:
             return await getattr(self._stub, method)(request, timeout=timeout_s)
         except grpc.RpcError as failure:
@@ -140,6 +150,10 @@ class DeviceHandle:
         self.metadata = pb.DeviceMetadata(address=address)
         #: Where others open its memory, as it last said; None: not at all.
         self.shared: pb.SharedMemory | None = None
+        #: Its memory as this process has it open, what it was opened with, and the lane that would tell of its end.
+        self._opened: OpenedArena | None = None
+        self._opened_handle: pb.SharedMemory | None = None
+        self._opened_by: Lane | None = None
         self.comm_ids: set[int] = set()
         self.last_work: asyncio.Future[None] | None = None
         self._unheard_leaves: set[int] = set()
@@ -186,9 +200,12 @@ class DeviceHandle:
             PeerUnavailable, OperationTimeout: it does not answer.
             DsmlError: its memory cannot be opened.
         """
-        self.shared = None
         request = pb.ShareMemoryRequest(deviceId=self.device_id, move=move)
-        self.shared = await self.call("ShareMemory", request, _MOVE_TIMEOUT_S if move else CONTROL_TIMEOUT_S)
+        try:
+            self.shared = await self.call("ShareMemory", request, _MOVE_TIMEOUT_S if move else CONTROL_TIMEOUT_S)
+        except DsmlError:
+            self.shared = None
+            raise
 
     def end(self) -> None:
         """The device is no more."""
@@ -226,6 +243,15 @@ class DeviceHandle:
             async for chunk in chunks:
                 yield chunk
 
+        memory = await self._open_memory()
+        if memory is not None:
+            written = 0
+            async for chunk in chunks:
+                data = np.frombuffer(chunk.data, np.uint8)
+                memory.view(addr + written, data.size)[...] = data
+                written += data.size
+            self._require_connected()
+            return written
         try:
             with self._named_errors():
                 return int((await self._connection.write(with_header())).numBytes)
@@ -235,13 +261,39 @@ class DeviceHandle:
             raise OperationAborted(f"{self}: {error}") from None
 
     async def read(self, addr: int, nbytes: int) -> AsyncGenerator[Chunk, None]:
-        """Device to host, in pieces."""
+        """Device to host, in pieces, each valid until the next one is asked for."""
+        memory = await self._open_memory()
+        if memory is not None:
+            for start in range(addr, addr + nbytes, COPY_SLICE_BYTES):
+                yield Chunk(memory.view(start, min(COPY_SLICE_BYTES, addr + nbytes - start)))
+            self._require_connected()
+            return
         request = pb.StreamDeviceToHostRequest(
             deviceId=self.metadata.deviceId, memAddr=pb.MemAddr(value=addr), numBytes=nbytes
         )
         with self._named_errors():
             async for chunk in self._connection.read(request):
                 yield chunk
+
+    async def _open_memory(self) -> OpenedArena | None:
+        """The device's memory where this process has it open; None where it cannot."""
+        lane = self._connection.lane
+        # Without a lane nobody would tell that the device has died, whose memory lives on as long as somebody has it open.
+        if lane is None or not lane.is_open or self.metadata.backend != "numpy":
+            return None
+        if self._opened_by is not lane or (self._opened is not None and self._opened_handle != self.shared):
+            self._opened_by, self._opened = lane, None
+            with suppress(DsmlError):  # then copies go by gRPC
+                await self.share_memory()
+                assert self.shared is not None
+                array = open_shared(SharedHandle.of_message(self.shared))
+                self._opened, self._opened_handle = OpenedArena(array, self.shared.minMemAddr.value), self.shared
+        return self._opened
+
+    def _require_connected(self) -> None:
+        if not self.tells_of_its_end:
+            self.reachable = False
+            raise PeerUnavailable(f"{self} is gone")
 
     def check(self, addr: int, nbytes: int) -> None:
         """Raises AddressOutOfRange unless the range lies in the device's memory."""

@@ -14,6 +14,7 @@ from dsml_gpu.memory.arena import Arena
 from dsml_gpu.memory.backend import Backend
 from dsml_gpu.wire import gpu_sim_pb2 as pb
 from dsml_gpu.wire.codec import Chunk
+from dsml_gpu.wire.lane import Lane
 
 __all__ = ["DeviceService", "EmbeddedDevices", "TransferSettings"]
 
@@ -72,6 +73,8 @@ class EmbeddedDevices:
 
 class _LocalConnection:
     """Calls the servicer itself; there is no connection that could time out."""
+
+    lane: Lane | None = None
 
     def __init__(self, service: DeviceService) -> None:
         self._service = service

@@ -98,9 +98,9 @@ class MemoryAccess:
 
     def has_moved(self, handles: Sequence[DeviceHandle]) -> bool:
         """Whether memory of a rank is somewhere else than when it joined: then all must join again."""
-        return self.all_open and any(
-            handle.shared is not joined for handle, joined in zip(handles, self._joined_with, strict=True)
-        )
+        if not self.all_open or self._one_process:  # which needs not open what it has
+            return False
+        return any(handle.shared != joined for handle, joined in zip(handles, self._joined_with, strict=True))
 
     def require_links(self, call: CollectiveCall, by_passes: bool) -> None:
         """Raises InvalidValue where p2p is forced, and a call needs slices to go between processes."""

@@ -17,12 +17,23 @@ from dsml_gpu.coordinator.communicator import Communicator
 from dsml_gpu.coordinator.device_handle import DeviceHandle, pieces
 from dsml_gpu.coordinator.order import Turn
 from dsml_gpu.coordinator.registry import DeviceRegistry
-from dsml_gpu.errors import CommNotFound, InternalError, InvalidValue, MessageTooLarge, MissingField, StreamLength
+from dsml_gpu.errors import (
+    CommNotFound,
+    InternalError,
+    InvalidValue,
+    MessageTooLarge,
+    MissingField,
+    OperationTimeout,
+    StreamLength,
+)
 from dsml_gpu.schedules.cost_model import DEFAULT_COST_MODEL, CostModel
 from dsml_gpu.wire import gpu_sim_pb2 as pb
 from dsml_gpu.wire.codec import Chunk
 from dsml_gpu.wire.messages import require
 from dsml_gpu.wire.stubs import DEFAULT_MAX_MESSAGE_BYTES
+
+#: A copy by a client itself may take the stall timeout and what it needs at this speed, far below that of any memory.
+_SLOWEST_COPY_BYTES_PER_S = 100e6
 
 
 @dataclass(frozen=True, slots=True)
@@ -237,6 +248,21 @@ class CoordinatorService:
         async with aclosing(self._read(handle, request.memAddr.value, request.numBytes)) as chunks:
             async for chunk in chunks:
                 yield chunk
+
+    async def HoldMemory(self, request: pb.HoldMemoryRequest, context: Any) -> AsyncGenerator[pb.SharedMemory, None]:
+        handle = self._device(request, "deviceId")
+        require(request, "memAddr")
+        handle.check(request.memAddr.value, request.numBytes)
+        limit_s = self._settings.stall_timeout_s + request.numBytes / _SLOWEST_COPY_BYTES_PER_S
+        async with self._turn(handle):
+            handle.require_alive()
+            await handle.share_memory()
+            assert handle.shared is not None
+            yield handle.shared
+            await asyncio.sleep(limit_s)  # the caller ends it
+            if request.writes:
+                await handle.share_memory(move=True)
+            raise OperationTimeout(f"the caller has held the memory of {handle} for {limit_s:g} s")
 
     async def _write(self, handle: DeviceHandle, addr: int, nbytes: int, chunks: AsyncIterator[Chunk]) -> int:
         handle.check(addr, nbytes)

@@ -34,6 +34,7 @@ from dsml_gpu.memory.device_memory import Download
 from dsml_gpu.memory.shared import SharedHandle
 from dsml_gpu.reduction import checked_weight, dtype_of, elements_in, operator_of
 from dsml_gpu.schedules import Kind, Move, Program
+from dsml_gpu.transport.data_port import DataPort, listening_host
 from dsml_gpu.transport.emulation import DeviceLink, LinkSettings
 from dsml_gpu.transport.grpc import ChannelPool, GrpcRecvLink, GrpcSendLink, serve_stream_send
 from dsml_gpu.transport.incoming import IncomingTable
@@ -109,6 +110,7 @@ class DeviceService:
         #: What runs, by device and communicator.
         self._executing: defaultdict[tuple[int, int], set[asyncio.Task[Any]]] = defaultdict(set)
         self._incoming = IncomingTable(self._settings.stall_timeout_s, self._timer if self._settings.link.emulated else None)
+        self._data_port = DataPort(self._incoming, listening_host(address))
         self._pipes = PipeTable(self._settings.stall_timeout_s)
         self._channels = ChannelPool()
         self._point_to_point = PointToPoint(self._incoming, self._channels, self._settings.stall_timeout_s)
@@ -128,6 +130,7 @@ class DeviceService:
         """Gives up all transfers and closes the connections to peers."""
         await self._point_to_point.close()
         await self._channels.close()
+        self._data_port.close()
         self._timer.close()
 
     def _device(self, device_id: int) -> Device:
@@ -195,6 +198,8 @@ class DeviceService:
         return pb.BeginReceiveResponse(initiated=True)
 
     async def StreamSend(self, chunks: AsyncIterator[Chunk], context: Any) -> pb.StreamSendResponse:
+        if not self._incoming.is_emulated:
+            await self._data_port.announce(context)
         await serve_stream_send(self._incoming, chunks)
         return pb.StreamSendResponse(success=True)
 
@@ -227,11 +232,8 @@ class DeviceService:
             return near.arena
         if not peer.HasField("sharedMemory"):
             raise MemoryNotShared("nobody said where it is")
-        shared = peer.sharedMemory
-        handle = SharedHandle(
-            shared.numBytes, shared.bootId, shared.pid, shared.fd, shared.token, shared.offset, shared.cudaIpcHandle
-        )
-        return OpenedArena(device.arena.memory.open_shared(handle), shared.minMemAddr.value)
+        array = device.arena.memory.open_shared(SharedHandle.of_message(peer.sharedMemory))
+        return OpenedArena(array, peer.sharedMemory.minMemAddr.value)
 
     async def ShareMemory(self, request: pb.ShareMemoryRequest, context: Any) -> pb.SharedMemory:
         device = self._device(request.deviceId)
@@ -345,7 +347,7 @@ class DeviceService:
         if peer.p2p:
             return self._pipes.open_send(stream_id, device.arena.memory)
         emulated = self._emulated.get(device.device_id)
-        return GrpcSendLink(self._channels.stub(peer.address), stream_id, device.arena.memory, str(peer), emulated)
+        return GrpcSendLink(self._channels.peer(peer.address), stream_id, device.arena.memory, str(peer), emulated)
 
     def _recv_link(self, device: Device, peer: Peer, stream_id: int) -> RecvLink:
         if peer.p2p:

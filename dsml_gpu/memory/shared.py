@@ -61,6 +61,19 @@ class SharedHandle:
     offset: int = 0
     cuda_ipc_handle: bytes = b""
 
+    @classmethod
+    def of_message(cls, message: Any) -> SharedHandle:
+        """From the fields of a ``SharedMemory`` of the contract."""
+        return cls(
+            nbytes=message.numBytes,
+            boot_id=message.bootId,
+            pid=message.pid,
+            fd=message.fd,
+            token=message.token,
+            offset=message.offset,
+            cuda_ipc_handle=message.cudaIpcHandle,
+        )
+
 
 def can_share() -> bool:
     """Whether the system has what this module needs."""
@@ -91,19 +104,19 @@ class SharedRange:
 
     def __init__(self, nbytes: int) -> None:
         self._file = _file()
-        self._offset = self._file.reserve(nbytes)
-        address = _map(self._file.fd, nbytes, self._offset)
+        offset = self._file.reserve(nbytes)
+        address = _map(self._file.fd, nbytes, offset)
         self.array, owner = _array_at(address, nbytes)
         self._address = address
         self._nbytes = nbytes
-        # The range may be another one by then.
-        self._place = [self._offset]
-        _when_unused(owner, _release, self._file.fd, address, nbytes, self._place)
+        #: Offsets of where it is (the last) and was: who has opened it there may still write, and so take memory.
+        self._places = [offset]
+        _when_unused(owner, _release, self._file, address, nbytes, self._places)
 
     def handle(self) -> SharedHandle:
         """What others open it with."""
         return SharedHandle(
-            self._nbytes, boot_id(), pid=os.getpid(), fd=self._file.fd, token=self._file.token, offset=self._place[0]
+            self._nbytes, boot_id(), pid=os.getpid(), fd=self._file.fd, token=self._file.token, offset=self._places[-1]
         )
 
     def move(self) -> None:
@@ -114,19 +127,21 @@ class SharedRange:
         Raises:
             MemoryError: there is not so much address space, or memory.
         """
-        fd, old = self._file.fd, self._place[0]
+        fd, old = self._file.fd, self._places[-1]
         new = self._file.reserve(self._nbytes)
         target = _map(fd, self._nbytes, new)
         try:
-            for start, stop in _touched(fd, old, self._nbytes):
-                for piece in range(start, stop, _MOVED_AT_ONCE):
-                    nbytes = min(_MOVED_AT_ONCE, stop - piece)
-                    ctypes.memmove(target + piece, self._address + piece, nbytes)
+            for start in range(0, self._nbytes, _MOVED_AT_ONCE):
+                nbytes = min(_MOVED_AT_ONCE, self._nbytes - start)
+                for first, end in _touched(fd, old + start, nbytes):
+                    ctypes.memmove(target + start + first, self._address + start + first, end - first)
+                _map(fd, nbytes, new + start, at=self._address + start)
+                self._file.give_back(old + start, nbytes)
         finally:
             _libc().munmap(target, self._nbytes)
-        _map(fd, self._nbytes, new, at=self._address)
-        self._place[0] = new
-        _give_back(fd, old, self._nbytes)
+        self._places.append(new)
+        for place in self._places[:-1]:
+            self._file.give_back(place, _aligned(self._nbytes))
 
 
 def open_shared(handle: SharedHandle) -> np.ndarray:
@@ -180,6 +195,7 @@ class _File:
 
     def __init__(self) -> None:
         self.token = secrets.token_hex(16)
+        self._pid = os.getpid()
         self.fd = os.memfd_create(_name(self.token), os.MFD_CLOEXEC)
         self._nbytes = 0
         self._lock = threading.Lock()
@@ -188,13 +204,22 @@ class _File:
         """Offset of a range that was never used. No memory is taken: the file has holes."""
         with self._lock:
             offset = self._nbytes
-            end = offset + -(-nbytes // _ALIGNMENT) * _ALIGNMENT
+            end = offset + _aligned(nbytes)
             try:
                 os.ftruncate(self.fd, end)
-            except OSError as error:
+            except (OSError, OverflowError) as error:
                 raise MemoryError(f"cannot reserve {nbytes} bytes of shared memory: {error}") from error
             self._nbytes = end
         return offset
+
+    def give_back(self, offset: int, nbytes: int) -> None:
+        """Gives the memory of a range back to the system: its whole pages."""
+        if os.getpid() == self._pid:  # what a fork of the process lets go of, the process still has
+            _libc().fallocate(self.fd, _FALLOC_FL_PUNCH_HOLE | _FALLOC_FL_KEEP_SIZE, offset, nbytes)
+
+
+def _aligned(nbytes: int) -> int:
+    return -(-nbytes // _ALIGNMENT) * _ALIGNMENT
 
 
 def _name(token: str) -> str:
@@ -203,6 +228,8 @@ def _name(token: str) -> str:
 
 @cache
 def _file() -> _File:
+    # A fork makes a file of its own for what it takes from then on: both would give out the same ranges.
+    os.register_at_fork(after_in_child=_file.cache_clear)
     return _File()
 
 
@@ -243,13 +270,10 @@ def _touched(fd: int, offset: int, nbytes: int) -> list[tuple[int, int]]:
     return parts
 
 
-def _give_back(fd: int, offset: int, nbytes: int) -> None:
-    _libc().fallocate(fd, _FALLOC_FL_PUNCH_HOLE | _FALLOC_FL_KEEP_SIZE, offset, nbytes)
-
-
-def _release(fd: int, address: int, nbytes: int, place: list[int]) -> None:
+def _release(file: _File, address: int, nbytes: int, places: list[int]) -> None:
     _libc().munmap(address, nbytes)
-    _give_back(fd, place[0], nbytes)
+    for place in places:
+        file.give_back(place, _aligned(nbytes))
 
 
 @cache

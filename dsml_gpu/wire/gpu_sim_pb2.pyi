@@ -523,6 +523,18 @@ class StreamDeviceToHostRequest(_message.Message):
     numBytes: int
     def __init__(self, deviceId: _Optional[_Union[DeviceId, _Mapping]] = ..., memAddr: _Optional[_Union[MemAddr, _Mapping]] = ..., numBytes: _Optional[int] = ...) -> None: ...
 
+class HoldMemoryRequest(_message.Message):
+    __slots__ = ("deviceId", "memAddr", "numBytes", "writes")
+    DEVICEID_FIELD_NUMBER: _ClassVar[int]
+    MEMADDR_FIELD_NUMBER: _ClassVar[int]
+    NUMBYTES_FIELD_NUMBER: _ClassVar[int]
+    WRITES_FIELD_NUMBER: _ClassVar[int]
+    deviceId: DeviceId
+    memAddr: MemAddr
+    numBytes: int
+    writes: bool
+    def __init__(self, deviceId: _Optional[_Union[DeviceId, _Mapping]] = ..., memAddr: _Optional[_Union[MemAddr, _Mapping]] = ..., numBytes: _Optional[int] = ..., writes: bool = ...) -> None: ...
+
 class CommInitRequest(_message.Message):
     __slots__ = ("numDevices", "deviceIds", "transport")
     NUMDEVICES_FIELD_NUMBER: _ClassVar[int]

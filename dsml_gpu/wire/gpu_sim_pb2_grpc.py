@@ -626,6 +626,11 @@ class GPUCoordinatorStub(object):
                 request_serializer=dsml__gpu_dot_wire_dot_gpu__sim__pb2.StreamDeviceToHostRequest.SerializeToString,
                 response_deserializer=dsml__gpu_dot_wire_dot_gpu__sim__pb2.DataChunk.FromString,
                 )
+        self.HoldMemory = channel.unary_stream(
+                '/gpu_sim.GPUCoordinator/HoldMemory',
+                request_serializer=dsml__gpu_dot_wire_dot_gpu__sim__pb2.HoldMemoryRequest.SerializeToString,
+                response_deserializer=dsml__gpu_dot_wire_dot_gpu__sim__pb2.SharedMemory.FromString,
+                )
 
 
 class GPUCoordinatorServicer(object):
@@ -767,6 +772,16 @@ class GPUCoordinatorServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def HoldMemory(self, request, context):
+        """Memcpy by the caller itself, for one that is on the device's host: answers with where the device's memory can be opened
+        when all that was issued earlier on the device is done, and keeps what comes later waiting until the caller cancels the
+        call, which says that it is done. Errors: NOT_FOUND, INVALID_ARGUMENT, OUT_OF_RANGE, FAILED_PRECONDITION (the memory
+        cannot be opened), DEADLINE_EXCEEDED (the caller took too long; what it goes on to write reaches the device no more).
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_GPUCoordinatorServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -854,6 +869,11 @@ def add_GPUCoordinatorServicer_to_server(servicer, server):
                     servicer.StreamDeviceToHost,
                     request_deserializer=dsml__gpu_dot_wire_dot_gpu__sim__pb2.StreamDeviceToHostRequest.FromString,
                     response_serializer=dsml__gpu_dot_wire_dot_gpu__sim__pb2.DataChunk.SerializeToString,
+            ),
+            'HoldMemory': grpc.unary_stream_rpc_method_handler(
+                    servicer.HoldMemory,
+                    request_deserializer=dsml__gpu_dot_wire_dot_gpu__sim__pb2.HoldMemoryRequest.FromString,
+                    response_serializer=dsml__gpu_dot_wire_dot_gpu__sim__pb2.SharedMemory.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -1152,5 +1172,22 @@ class GPUCoordinator(object):
         return grpc.experimental.unary_stream(request, target, '/gpu_sim.GPUCoordinator/StreamDeviceToHost',
             dsml__gpu_dot_wire_dot_gpu__sim__pb2.StreamDeviceToHostRequest.SerializeToString,
             dsml__gpu_dot_wire_dot_gpu__sim__pb2.DataChunk.FromString,
+            options, channel_credentials,
+            insecure, call_credentials, compression, wait_for_ready, timeout, metadata)
+
+    @staticmethod
+    def HoldMemory(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(request, target, '/gpu_sim.GPUCoordinator/HoldMemory',
+            dsml__gpu_dot_wire_dot_gpu__sim__pb2.HoldMemoryRequest.SerializeToString,
+            dsml__gpu_dot_wire_dot_gpu__sim__pb2.SharedMemory.FromString,
             options, channel_credentials,
             insecure, call_credentials, compression, wait_for_ready, timeout, metadata)

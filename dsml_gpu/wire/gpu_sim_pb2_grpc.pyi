@@ -524,6 +524,16 @@ class GPUCoordinatorStub:
     ]
     """Memcpy to the host as a stream, any size; same order and errors."""
 
+    HoldMemory: grpc.UnaryStreamMultiCallable[
+        dsml_gpu.wire.gpu_sim_pb2.HoldMemoryRequest,
+        dsml_gpu.wire.gpu_sim_pb2.SharedMemory,
+    ]
+    """Memcpy by the caller itself, for one that is on the device's host: answers with where the device's memory can be opened
+    when all that was issued earlier on the device is done, and keeps what comes later waiting until the caller cancels the
+    call, which says that it is done. Errors: NOT_FOUND, INVALID_ARGUMENT, OUT_OF_RANGE, FAILED_PRECONDITION (the memory
+    cannot be opened), DEADLINE_EXCEEDED (the caller took too long; what it goes on to write reaches the device no more).
+    """
+
 class GPUCoordinatorAsyncStub:
     """The coordinator: communicators and collectives."""
 
@@ -654,6 +664,16 @@ class GPUCoordinatorAsyncStub:
         dsml_gpu.wire.gpu_sim_pb2.DataChunk,
     ]
     """Memcpy to the host as a stream, any size; same order and errors."""
+
+    HoldMemory: grpc.aio.UnaryStreamMultiCallable[
+        dsml_gpu.wire.gpu_sim_pb2.HoldMemoryRequest,
+        dsml_gpu.wire.gpu_sim_pb2.SharedMemory,
+    ]
+    """Memcpy by the caller itself, for one that is on the device's host: answers with where the device's memory can be opened
+    when all that was issued earlier on the device is done, and keeps what comes later waiting until the caller cancels the
+    call, which says that it is done. Errors: NOT_FOUND, INVALID_ARGUMENT, OUT_OF_RANGE, FAILED_PRECONDITION (the memory
+    cannot be opened), DEADLINE_EXCEEDED (the caller took too long; what it goes on to write reaches the device no more).
+    """
 
 class GPUCoordinatorServicer(metaclass=abc.ABCMeta):
     """The coordinator: communicators and collectives."""
@@ -819,5 +839,17 @@ class GPUCoordinatorServicer(metaclass=abc.ABCMeta):
         context: _ServicerContext,
     ) -> typing.Union[collections.abc.Iterator[dsml_gpu.wire.gpu_sim_pb2.DataChunk], collections.abc.AsyncIterator[dsml_gpu.wire.gpu_sim_pb2.DataChunk]]:
         """Memcpy to the host as a stream, any size; same order and errors."""
+
+    @abc.abstractmethod
+    def HoldMemory(
+        self,
+        request: dsml_gpu.wire.gpu_sim_pb2.HoldMemoryRequest,
+        context: _ServicerContext,
+    ) -> typing.Union[collections.abc.Iterator[dsml_gpu.wire.gpu_sim_pb2.SharedMemory], collections.abc.AsyncIterator[dsml_gpu.wire.gpu_sim_pb2.SharedMemory]]:
+        """Memcpy by the caller itself, for one that is on the device's host: answers with where the device's memory can be opened
+        when all that was issued earlier on the device is done, and keeps what comes later waiting until the caller cancels the
+        call, which says that it is done. Errors: NOT_FOUND, INVALID_ARGUMENT, OUT_OF_RANGE, FAILED_PRECONDITION (the memory
+        cannot be opened), DEADLINE_EXCEEDED (the caller took too long; what it goes on to write reaches the device no more).
+        """
 
 def add_GPUCoordinatorServicer_to_server(servicer: GPUCoordinatorServicer, server: typing.Union[grpc.Server, grpc.aio.Server]) -> None: ...

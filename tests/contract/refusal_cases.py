@@ -153,6 +153,11 @@ _UNKNOWN_DEVICE = [
             "unknown device",
             lambda world: pb.StreamDeviceToHostRequest(deviceId=device_id(NOBODY), memAddr=addr(0), numBytes=8),
         ),
+        (
+            "HoldMemory",
+            "unknown device",
+            lambda world: pb.HoldMemoryRequest(deviceId=device_id(NOBODY), memAddr=addr(0), numBytes=8),
+        ),
     )
 ] + [
     # The message also says which device the server does host: its id is 1.
@@ -571,6 +576,13 @@ _MISSING = [
             lambda world: pb.StreamDeviceToHostRequest(deviceId=device_id(first_device(world))),
             ("memAddr",),
         ),
+        ("HoldMemory", "no device", lambda world: pb.HoldMemoryRequest(memAddr=addr(0)), ("deviceId",)),
+        (
+            "HoldMemory",
+            "no address",
+            lambda world: pb.HoldMemoryRequest(deviceId=device_id(first_device(world))),
+            ("memAddr",),
+        ),
     )
 ] + [
     on_device(method, f"no {field}", request, "INVALID_ARGUMENT", "MISSING_FIELD", field)
@@ -645,6 +657,12 @@ def _out_of_range_on_coordinator() -> Iterator[Case]:
         yield case(
             "StreamDeviceToHost",
             lambda world, at=at, nbytes=nbytes: pb.StreamDeviceToHostRequest(
+                deviceId=device_id(first_device(world)), memAddr=addr(at), numBytes=nbytes
+            ),
+        )
+        yield case(
+            "HoldMemory",
+            lambda world, at=at, nbytes=nbytes: pb.HoldMemoryRequest(
                 deviceId=device_id(first_device(world)), memAddr=addr(at), numBytes=nbytes
             ),
         )

@@ -85,14 +85,25 @@ def test_an_all_reduce_of_the_frozen_device_alone_ends(fleet: Fleet, rpc: Rpc):
         ),
     ],
 )
-def test_a_copy_with_a_frozen_device_ends(fleet: Fleet, rpc: Rpc, copy: Callable[[Rpc, float], Any]):
+def test_a_copy_with_a_frozen_device_ends(copy: Callable[[Rpc, float], Any]):
     """It must not wait for ever, nor keep what comes after it on the device waiting."""
-    pair = rpc.comm_init(2, deviceIds=[1, 3])
+    timeouts = ["--stall-timeout", str(STALL_S)]
+    devices = ["--memory", "32MiB", *timeouts, "--no-share-memory"]
+    with Fleet(3, devices, [*timeouts, "--operation-timeout", "4"]) as fleet, rpc_to(fleet.address) as rpc:
+        pair = rpc.comm_init(2, deviceIds=[1, 3])
+        with frozen(fleet.devices[1]):
+            error = fail_within(lambda: copy(rpc, FROZEN_S + 1), FROZEN_S)
+            assert error.code().name in ("DEADLINE_EXCEEDED", "UNAVAILABLE")
+            assert "device 2" in error.details()
+            all_reduce_on(rpc, pair)
+
+
+def test_the_memory_of_a_frozen_device_can_be_copied_where_the_coordinator_has_it_open(fleet: Fleet, rpc: Rpc):
+    rpc.write(2, 64, b"before")
     with frozen(fleet.devices[1]):
-        error = fail_within(lambda: copy(rpc, FROZEN_S + 1), FROZEN_S)
-        assert error.code().name in ("DEADLINE_EXCEEDED", "UNAVAILABLE")
-        assert "device 2" in error.details()
-        all_reduce_on(rpc, pair)
+        assert rpc.read(2, 64, 6) == b"before"
+        rpc.write(2, 64, b"frozen")
+    assert rpc.read(2, 64, 6) == b"frozen"
 
 
 def test_communicators_without_the_frozen_device_can_be_had(fleet: Fleet, rpc: Rpc):

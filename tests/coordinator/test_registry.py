@@ -15,6 +15,7 @@ from dsml_gpu.coordinator.server_handle import ServerHandle
 from dsml_gpu.errors import DeviceNotFound, NoAnswer, PeerUnavailable, Unavailable
 from dsml_gpu.memory.backend import NUMPY
 from dsml_gpu.wire import gpu_sim_pb2 as pb
+from dsml_gpu.wire.lane import Lane
 
 
 class FakeServer:
@@ -32,6 +33,7 @@ class FakeServer:
         self.calls: list[str] = []
         self.left: list[tuple[int, int]] = []
         self.tells_of_its_end = False
+        self.lane: Lane | None = None
 
     async def open_lane(self, name: str) -> None:
         assert name == ""
