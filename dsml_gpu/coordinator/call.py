@@ -57,6 +57,7 @@ class CollectiveCall:
         algorithm: name of the algorithm that was asked for; empty: the coordinator chooses.
         own_schedule: wire bytes of the client's own schedule; empty: none.
         copies_input: ranks whose buffers are in place in an all-to-all.
+        parts: calls that were fused into this one, whose blocks are theirs one behind the other; empty: none.
     """
 
     collective: Collective
@@ -70,6 +71,7 @@ class CollectiveCall:
     algorithm: str = ""
     own_schedule: bytes = b""
     copies_input: frozenset[int] = frozenset()
+    parts: tuple[CollectiveCall, ...] = ()
 
     @property
     def name(self) -> str:

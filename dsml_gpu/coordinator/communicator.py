@@ -6,7 +6,7 @@ import asyncio
 import logging
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby
 from typing import Any, cast
 
@@ -15,6 +15,7 @@ from dsml_gpu.coordinator.call import CollectiveCall
 from dsml_gpu.coordinator.choice import Choice, Chooser
 from dsml_gpu.coordinator.control_round import cancel, run_round
 from dsml_gpu.coordinator.device_handle import DeviceHandle
+from dsml_gpu.coordinator.fusion import buckets_of, fused
 from dsml_gpu.coordinator.memory_access import MemoryAccess
 from dsml_gpu.coordinator.order import Turn
 from dsml_gpu.coordinator.plan import Plan, PlanKey
@@ -49,6 +50,19 @@ class _Planned:
     @property
     def count(self) -> int:
         return self.call.count
+
+    @property
+    def parts(self) -> list[_Planned]:
+        """The calls that it was fused of, or itself alone."""
+        calls = self.call.parts
+        if not calls:
+            return [self]
+        choice = replace(
+            self.choice,
+            reason=f"{self.choice.reason}, in a bucket of {len(calls)}",
+            predicted_s=self.choice.predicted_s / len(calls),
+        )
+        return [_Planned(call, choice, self.plan) for call in calls]
 
 
 class Communicator:
@@ -217,7 +231,7 @@ class Communicator:
             log.exception("%s met a defect of the server", what)
             raise
         self._last_status, self._last_message = pb.SUCCESS, ""
-        metrics.count_operations(planned, elapsed_s=elapsed_ns / 1e9)
+        metrics.count_operations([part for one in planned for part in one.parts], elapsed_s=elapsed_ns / 1e9)
         algorithms = {one.algorithm for one in planned}
         return pb.CollectiveResult(
             algorithm=algorithms.pop() if len(algorithms) == 1 else "",
@@ -226,12 +240,13 @@ class Communicator:
             bytesSent=bytes_sent,
             operations=[
                 pb.OperationChoice(
-                    kind=one.name.upper(),
-                    algorithm=one.algorithm,
-                    reason=one.choice.reason,
-                    predictedNs=min(round(one.choice.predicted_s * 1e9), (1 << 64) - 1),
+                    kind=part.name.upper(),
+                    algorithm=part.algorithm,
+                    reason=part.choice.reason,
+                    predictedNs=min(round(part.choice.predicted_s * 1e9), (1 << 64) - 1),
                 )
                 for one in planned
+                for part in one.parts
             ],
         )
 
@@ -242,18 +257,20 @@ class Communicator:
         """
         devices = [handle.metadata for handle in self.handles]
         planned = []
-        for call in calls:
-            if self._by_passes(call):
-                choice = self._chooser.choice_of_passes(call, len(self._team.workers(passes.bytes_of(call))))
-                planned.append(_Planned(call, choice, None))
+        for by_passes, group in groupby(calls, key=self._by_passes):
+            if by_passes:
+                for call in group:
+                    choice = self._chooser.choice_of_passes(call, len(self._team.workers(passes.bytes_of(call))))
+                    planned.append(_Planned(call, choice, None))
                 continue
-            chosen = self._chooser.known_choice(call, devices, self._forced_transport)
-            if chosen is None:
-                chosen = await asyncio.to_thread(self._chooser.choose, call, devices, self._forced_transport)
-            key = self._key(call, chosen.algorithm)
-            if self.nranks > _PLANNED_AT_ONCE_RANKS:
-                await asyncio.to_thread(plan.plan_of, key)
-            planned.append(_Planned(call, chosen, plan.plan_of(key)))
+            for call in map(fused, buckets_of(list(group))):
+                chosen = self._chooser.known_choice(call, devices, self._forced_transport)
+                if chosen is None:
+                    chosen = await asyncio.to_thread(self._chooser.choose, call, devices, self._forced_transport)
+                key = self._key(call, chosen.algorithm)
+                if self.nranks > _PLANNED_AT_ONCE_RANKS:
+                    await asyncio.to_thread(plan.plan_of, key)
+                planned.append(_Planned(call, chosen, plan.plan_of(key)))
         return planned
 
     def _by_passes(self, call: CollectiveCall) -> bool:

@@ -13,7 +13,8 @@ order and no barrier.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from bisect import bisect_left, bisect_right
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import cast
@@ -201,71 +202,65 @@ def rounds_of(calls: tuple[CollectiveCall, ...], team: Team) -> tuple[Round, ...
 def independent(calls: Sequence[CollectiveCall]) -> list[list[CollectiveCall]]:
     """Calls in runs, in order: within a run no call touches what another one writes, so they may run side by side."""
     runs: list[list[CollectiveCall]] = []
-    touched: list[_Ranges] = []
+    touched: list[_Touched] = []
     for call in calls:
-        ranges = [_Ranges.of(rank, call) for rank in range(call.roles.nranks)]
-        if not runs or any(one.conflicts(other) for one, other in zip(touched, ranges, strict=True)):
+        if not runs or any(one.conflicts(call, rank) for rank, one in enumerate(touched)):
             runs.append([])
-            touched = [_Ranges() for _ in ranges]
+            touched = [_Touched() for _ in range(call.roles.nranks)]
         runs[-1].append(call)
-        for one, other in zip(touched, ranges, strict=True):
-            one.add(other)
+        for rank, one in enumerate(touched):
+            one.add(call, rank)
     return runs
 
 
-class _Ranges:
+class _Touched:
     """What some calls read and write on one rank."""
 
-    def __init__(self, read: Iterable[tuple[int, int]] = (), written: Iterable[tuple[int, int]] = ()) -> None:
-        self._read = list(read)
-        self._written = list(written)
+    def __init__(self) -> None:
+        self._read = _Ranges()
+        self._written = _Ranges()
 
-    @classmethod
-    def of(cls, rank: int, call: CollectiveCall) -> _Ranges:
-        """Those of one call."""
-        read, written = [], []
+    def conflicts(self, call: CollectiveCall, rank: int) -> bool:
+        """Whether a call writes what they read or write, or reads what they write."""
+        for block, place in call.places[rank].items():
+            count = call.counts[block]
+            if place.send is not None and self._written.meet(place.send, place.send + count):
+                return True
+            if place.recv is not None and (
+                self._written.meet(place.recv, place.recv + count) or self._read.meet(place.recv, place.recv + count)
+            ):
+                return True
+        return False
+
+    def add(self, call: CollectiveCall, rank: int) -> None:
+        """One more call."""
         for block, place in call.places[rank].items():
             if place.send is not None:
-                read.append((place.send, place.send + call.counts[block]))
+                self._read.add(place.send, place.send + call.counts[block])
             if place.recv is not None:
-                written.append((place.recv, place.recv + call.counts[block]))
-        return cls(_merged(read), _merged(written))
-
-    def conflicts(self, other: _Ranges) -> bool:
-        """Whether one writes what the other one reads or writes."""
-        return (
-            _overlap(self._written, other._written)
-            or _overlap(self._written, other._read)
-            or _overlap(self._read, other._written)
-        )
-
-    def add(self, other: _Ranges) -> None:
-        self._read = _merged(self._read + other._read)
-        self._written = _merged(self._written + other._written)
+                self._written.add(place.recv, place.recv + call.counts[block])
 
 
-def _merged(ranges: list[tuple[int, int]]) -> list[tuple[int, int]]:
-    """The same bytes as ranges that neither overlap nor touch, in order."""
-    merged: list[tuple[int, int]] = []
-    for start, stop in sorted(ranges):
+class _Ranges:
+    """Bytes, as ranges in order that neither overlap nor touch. There can be very many: each question is a search."""
+
+    def __init__(self) -> None:
+        self._starts: list[int] = []
+        self._stops: list[int] = []
+
+    def meet(self, start: int, stop: int) -> bool:
+        """Whether one of the bytes ``[start, stop)`` is among them."""
+        after = bisect_right(self._stops, start)
+        return start < stop and after < len(self._starts) and self._starts[after] < stop
+
+    def add(self, start: int, stop: int) -> None:
         if start == stop:
-            continue
-        if merged and start <= merged[-1][1]:
-            merged[-1] = merged[-1][0], max(stop, merged[-1][1])
-        else:
-            merged.append((start, stop))
-    return merged
-
-
-def _overlap(ones: list[tuple[int, int]], others: list[tuple[int, int]]) -> bool:
-    """Whether two lists of `_merged` have a byte in common."""
-    position = 0
-    for start, stop in ones:
-        while position < len(others) and others[position][1] <= start:
-            position += 1
-        if position < len(others) and others[position][0] < stop:
-            return True
-    return False
+            return
+        first, end = bisect_left(self._stops, start), bisect_right(self._starts, stop)
+        if first < end:
+            start, stop = min(start, self._starts[first]), max(stop, self._stops[end - 1])
+        self._starts[first:end] = [start]
+        self._stops[first:end] = [stop]
 
 
 def shares(passes: Sequence[Pass], nworkers: int) -> list[list[Pass]]:

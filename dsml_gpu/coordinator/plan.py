@@ -97,7 +97,11 @@ def _operation(call: CollectiveCall, plan: Plan, rank: int, program: int) -> pb.
     )
     for block in plan.blocks[rank]:
         place = places.get(block, nowhere)
-        operation.blocks.add(count=call.counts[block], sendAddr=place.send, recvAddr=place.recv)
+        wire = operation.blocks.add(count=call.counts[block], sendAddr=place.send, recvAddr=place.recv)
+        if place is not nowhere:  # what passes through is one piece
+            for part in call.parts:
+                piece = part.places[rank][block]
+                wire.pieces.add(count=part.counts[block], sendAddr=piece.send, recvAddr=piece.recv)
     return operation
 
 

@@ -23,6 +23,7 @@ from typing import Any
 
 import numpy as np
 
+from dsml_gpu.device.buckets import Piece, gathered, spread
 from dsml_gpu.device.dataflow import Access, Dataflow
 from dsml_gpu.device.device import Device
 from dsml_gpu.errors import DsmlError, OperationAborted, OperationTimeout, OutOfMemory
@@ -42,11 +43,13 @@ class Block:
         elements: its length.
         send: address of what the rank has of it at the start; None: nothing, or a token of zeros.
         recv: address of the rank's result; None: it passes through. The same as `send` where it is in place.
+        pieces: of what the block is gathered; empty: it is in one place. `send` and `recv` are then no addresses.
     """
 
     elements: int
     send: int | None
     recv: int | None
+    pieces: tuple[Piece, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,7 +150,10 @@ class GroupExecution:
 
     async def _run_one(self, operation: Operation) -> None:
         flow = operation.dataflow
-        slices = _Slices(operation, self._arena, self._reducer, self._slice_bytes, self._nranks)
+        buckets = {
+            number: gathered(block.pieces, self._arena) for number, block in enumerate(operation.blocks) if block.pieces
+        }
+        slices = _Slices(operation, self._arena, self._reducer, self._slice_bytes, self._nranks, buckets)
         outboxes = [
             _Outbox(self._links.send[peer], accesses, slices, self._count_sent) for peer, accesses in flow.sends.items()
         ]
@@ -165,6 +171,8 @@ class GroupExecution:
         # What is still being sent must not be overwritten by the next operation.
         for piece in slices:
             await piece.until_read()
+        for number, bucket in buckets.items():
+            spread(operation.blocks[number].pieces, bucket, self._arena)
 
     def _count_sent(self, piece: _Slice) -> None:
         self.bytes_sent += piece.nbytes
@@ -239,14 +247,23 @@ class _Slices:
         reducer: reduces there.
         slice_bytes: chunks are cut into pieces of this size.
         nranks: what an average divides by.
+        buckets: memory of the blocks that have pieces, by their numbers.
     """
 
-    def __init__(self, operation: Operation, arena: Arena, reducer: Reducer, slice_bytes: int, nranks: int) -> None:
+    def __init__(
+        self,
+        operation: Operation,
+        arena: Arena,
+        reducer: Reducer,
+        slice_bytes: int,
+        nranks: int,
+        buckets: Mapping[int, DeviceNDArray],
+    ) -> None:
         self._operation = operation
         self._memory = arena.memory
         self._reducer = reducer
         self._divisor = nranks if operation.operator.averages else 1
-        self._chunks = _cut(operation, arena, slice_bytes)
+        self._chunks = _cut(operation, arena, slice_bytes, buckets)
 
     def __iter__(self) -> Iterator[_Slice]:
         return chain.from_iterable(self._chunks)
@@ -397,7 +414,7 @@ class _Slice:
                     waiter.set_result(None)
 
 
-def _cut(operation: Operation, arena: Arena, slice_bytes: int) -> list[list[_Slice]]:
+def _cut(operation: Operation, arena: Arena, slice_bytes: int, buckets: Mapping[int, DeviceNDArray]) -> list[list[_Slice]]:
     """The slices of each chunk."""
     flow, itemsize = operation.dataflow, operation.dtype.itemsize
     chunks = []
@@ -408,17 +425,26 @@ def _cut(operation: Operation, arena: Arena, slice_bytes: int) -> list[list[_Sli
             pieces = []
             for start in range(first * itemsize, last * itemsize, slice_bytes):
                 nbytes = min(slice_bytes, last * itemsize - start)
-                content = None if block.send is None else arena.view(block.send + start, nbytes)
-                if block.recv == block.send:
-                    target = content
-                else:
-                    target = None if block.recv is None else arena.view(block.recv + start, nbytes)
+                content, target = _views(block, buckets.get(block_number), arena, start, nbytes)
                 if operation.copies_input and content is not None:
                     content = arena.memory.clone(content)
                 is_weighed = operation.weight is None or content is None
                 pieces.append(_Slice(nbytes, content, target, all_reads, is_weighed))
             chunks.append(pieces)
     return chunks
+
+
+def _views(
+    block: Block, bucket: DeviceNDArray | None, arena: Arena, start: int, nbytes: int
+) -> tuple[DeviceNDArray | None, DeviceNDArray | None]:
+    """Where a part of a block is, and where its result goes: the same array where that is in place."""
+    if bucket is not None:
+        piece = bucket[start : start + nbytes]
+        return None if block.send is None else piece, None if block.recv is None else piece
+    content = None if block.send is None else arena.view(block.send + start, nbytes)
+    if block.recv == block.send:
+        return content, content
+    return content, None if block.recv is None else arena.view(block.recv + start, nbytes)
 
 
 async def _all_or_none(work: list[Coroutine[Any, Any, None]]) -> None:

@@ -13,6 +13,9 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any
 
+import numpy as np
+
+from dsml_gpu.device.buckets import Piece
 from dsml_gpu.device.dataflow import Dataflow, dataflow_of
 from dsml_gpu.device.device import Device, Membership, Peer, RankMemory
 from dsml_gpu.device.executor import Block, GroupExecution, Links, Operation
@@ -297,9 +300,10 @@ class DeviceService:
         operations = [_operation(operation, flows) for operation in request.operations]
         for operation in operations:
             for block in operation.blocks:
-                for addr in (block.send, block.recv):
-                    if addr is not None:
-                        device.arena.check(addr, block.elements * operation.dtype.itemsize)
+                for place in block.pieces or (Piece(block.elements * operation.dtype.itemsize, block.send, block.recv),):
+                    for addr in (place.send, place.recv):
+                        if addr is not None:
+                            device.arena.check(addr, place.nbytes)
         chunks = sum(operation.dataflow.nchunks for operation in operations)
         if chunks > _MAX_CHUNKS:
             raise InvalidValue(f"the operations have {chunks} chunks together, at most {_MAX_CHUNKS} are allowed")
@@ -485,12 +489,23 @@ def _operation(wire: pb.Operation, flows: list[Dataflow]) -> Operation:
     if len(wire.blocks) != flow.nblocks:
         raise InvalidValue(f"program {wire.program} has {flow.nblocks} blocks, but the operation has {len(wire.blocks)}")
     blocks = tuple(
-        Block(
-            elements_in(block.count, dtype),
-            block.sendAddr if block.HasField("sendAddr") else None,
-            block.recvAddr if block.HasField("recvAddr") else None,
-        )
-        for block in wire.blocks
+        Block(elements_in(block.count, dtype), *_addresses(block), _pieces(block, dtype)) for block in wire.blocks
     )
     weight = checked_weight(wire.weight, dtype) if wire.HasField("weight") else None
     return Operation(flow, blocks, dtype, operator_of(wire.op), weight, wire.copiesInput)
+
+
+def _pieces(wire: pb.Block, dtype: np.dtype[Any]) -> tuple[Piece, ...]:
+    for piece in wire.pieces:
+        elements_in(piece.count, dtype)
+    total = sum(piece.count for piece in wire.pieces)
+    if wire.pieces and total != wire.count:
+        raise InvalidValue(f"the pieces of a block of {wire.count} bytes have {total} bytes")
+    return tuple(Piece(piece.count, *_addresses(piece)) for piece in wire.pieces)
+
+
+def _addresses(wire: pb.Block | pb.Piece) -> tuple[int | None, int | None]:
+    return (
+        wire.sendAddr if wire.HasField("sendAddr") else None,
+        wire.recvAddr if wire.HasField("recvAddr") else None,
+    )

@@ -392,6 +392,18 @@ class Program(_message.Message):
     def __init__(self, parts: _Optional[int] = ..., steps: _Optional[_Iterable[_Union[Step, _Mapping]]] = ..., nblocks: _Optional[int] = ..., storeAndForward: bool = ...) -> None: ...
 
 class Block(_message.Message):
+    __slots__ = ("count", "sendAddr", "recvAddr", "pieces")
+    COUNT_FIELD_NUMBER: _ClassVar[int]
+    SENDADDR_FIELD_NUMBER: _ClassVar[int]
+    RECVADDR_FIELD_NUMBER: _ClassVar[int]
+    PIECES_FIELD_NUMBER: _ClassVar[int]
+    count: int
+    sendAddr: int
+    recvAddr: int
+    pieces: _containers.RepeatedCompositeFieldContainer[Piece]
+    def __init__(self, count: _Optional[int] = ..., sendAddr: _Optional[int] = ..., recvAddr: _Optional[int] = ..., pieces: _Optional[_Iterable[_Union[Piece, _Mapping]]] = ...) -> None: ...
+
+class Piece(_message.Message):
     __slots__ = ("count", "sendAddr", "recvAddr")
     COUNT_FIELD_NUMBER: _ClassVar[int]
     SENDADDR_FIELD_NUMBER: _ClassVar[int]

@@ -11,6 +11,7 @@ import numpy as np
 
 from dsml_gpu.client.collectives import wire_schedule
 from dsml_gpu.coordinator.call import call_of
+from dsml_gpu.coordinator.fusion import buckets_of, fused
 from dsml_gpu.coordinator.plan import execute_requests, key_of, peers_of, plan_of
 from dsml_gpu.device.device import Device
 from dsml_gpu.device.service import DeviceService, TransferSettings
@@ -27,7 +28,13 @@ UNLIMITED = LinkSettings()
 
 
 class Ranks:
-    """`nranks` devices behind one real server, joined to one communicator."""
+    """`nranks` devices behind one real server, joined to one communicator.
+
+    Attributes:
+        fuses: small neighbours of a group travel as one.
+    """
+
+    fuses = False
 
     def __init__(
         self, service: DeviceService, nranks: int, transport: int, backends: Sequence[Backend], memory_bytes: int
@@ -72,6 +79,8 @@ class Ranks:
         """What a coordinator would tell each rank."""
         nranks = len(self.devices)
         calls = [call_of(request, nranks) for request in requests]
+        if self.fuses:
+            calls = [fused(bucket) for bucket in buckets_of(calls)]
         plans = [plan_of(key_of(call, call.algorithm, tuple(hosts) or (0,) * nranks)) for call in calls]
         return execute_requests(COMM, [device.device_id for device in self.devices], list(zip(calls, plans, strict=True)))
 

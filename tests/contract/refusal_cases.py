@@ -428,6 +428,69 @@ _INVALID = [
     ),
     on_device(
         "Execute",
+        "pieces of another length",
+        lambda world: pb.ExecuteRequest(
+            programs=[ONE_BLOCK],
+            operations=[pb.Operation(blocks=[pb.Block(count=16, pieces=[pb.Piece(count=8), pb.Piece(count=16)])])],
+        ),
+        "INVALID_ARGUMENT",
+        "INVALID_VALUE",
+        16,
+        24,
+    ),
+    on_device(
+        "Execute",
+        "pieces of part of an element",
+        lambda world: pb.ExecuteRequest(
+            programs=[ONE_BLOCK],
+            operations=[pb.Operation(blocks=[pb.Block(count=16, pieces=[pb.Piece(count=9), pb.Piece(count=7)])])],
+        ),
+        "INVALID_ARGUMENT",
+        "COUNT_NOT_MULTIPLE",
+        9,
+        8,
+    ),
+    on_device(
+        "Execute",
+        "piece outside the memory",
+        lambda world: pb.ExecuteRequest(
+            programs=[ONE_BLOCK],
+            operations=[
+                pb.Operation(blocks=[pb.Block(count=8, sendAddr=0, pieces=[pb.Piece(count=8, sendAddr=TWO_64 - 8)])])
+            ],
+        ),
+        "OUT_OF_RANGE",
+        "ADDRESS_OUT_OF_RANGE",
+        hex(TWO_64 - 8),
+    ),
+    on_device(
+        "Execute",
+        "pass without destinations",
+        lambda world: pb.ExecuteRequest(passes=[pb.Pass(count=8, sources=[pb.RankAddress(addr=MIN_ADDR)])]),
+        "INVALID_ARGUMENT",
+        "INVALID_VALUE",
+        1,
+        0,
+    ),
+    on_device(
+        "Execute",
+        "pass over memory that is not open",
+        lambda world: pb.ExecuteRequest(
+            passes=[
+                pb.Pass(
+                    count=8,
+                    sources=[pb.RankAddress(rank=1, addr=MIN_ADDR)],
+                    destinations=[pb.RankAddress(rank=1, addr=MIN_ADDR)],
+                )
+            ]
+        ),
+        "INVALID_ARGUMENT",
+        "INVALID_VALUE",
+        "rank 1",
+        "not open",
+    ),
+    on_device(
+        "Execute",
         "unknown op",
         lambda world: pb.ExecuteRequest(
             programs=[ONE_BLOCK],
@@ -719,7 +782,8 @@ def _out_of_range_on_device() -> Iterator[Case]:
             yield on_device(method, what, request, "OUT_OF_RANGE", "ADDRESS_OUT_OF_RANGE", *words)
         for field in ("sendAddr", "recvAddr"):
             # The other address, and the other block, are in order.
-            block = pb.Block(**{"count": nbytes, "sendAddr": low, "recvAddr": low, field: at})
+            block = pb.Block(count=nbytes, sendAddr=low, recvAddr=low)
+            setattr(block, field, at)
             yield on_device(
                 "Execute",
                 f"{what}, {field}",

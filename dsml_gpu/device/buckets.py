@@ -1,0 +1,43 @@
+"""Blocks that are gathered from several places of a device's memory before an operation, and spread after it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from dsml_gpu.memory.arena import Arena
+from dsml_gpu.memory.device_memory import DeviceNDArray
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """A part of a block.
+
+    Attributes:
+        nbytes: its size.
+        send, recv: as of `executor.Block`.
+    """
+
+    nbytes: int
+    send: int | None
+    recv: int | None
+
+
+def gathered(pieces: Sequence[Piece], arena: Arena) -> DeviceNDArray:
+    """What the rank has of the pieces, one behind the other, in memory of its own."""
+    bucket = arena.memory.scratch(sum(piece.nbytes for piece in pieces))
+    start = 0
+    for piece in pieces:
+        if piece.send is not None and piece.nbytes:
+            arena.memory.copy(bucket[start : start + piece.nbytes], arena.view(piece.send, piece.nbytes))
+        start += piece.nbytes
+    return bucket
+
+
+def spread(pieces: Sequence[Piece], bucket: DeviceNDArray, arena: Arena) -> None:
+    """Brings the results to where each belongs."""
+    start = 0
+    for piece in pieces:
+        if piece.recv is not None and piece.nbytes:
+            arena.memory.copy(arena.view(piece.recv, piece.nbytes), bucket[start : start + piece.nbytes])
+        start += piece.nbytes
