@@ -51,6 +51,33 @@ def test_collectives_and_copies_between_four_devices_on_one_gpu(
                         array.free()
 
 
+def test_processes_open_each_others_memory_of_a_gpu(command: Sequence[str], tmp_path: Path) -> None:
+    """By CUDA IPC: one kernel reads and writes the memory of all."""
+    generator = np.random.default_rng(6)
+    with (
+        coordinator_over(command, tmp_path, TWO_ON_ONE_GPU, TWO_ON_ONE_GPU) as (coordinator, _),
+        dsml_gpu.connect(coordinator.address) as client,
+        client.communicator(4) as comm,
+    ):
+        for dtype, size in ((np.float64, 1), (np.float32, 100_003), (np.float16, 500_000), (np.int8, 7)):
+            inputs = [generator.integers(-20, 20, size).astype(dtype) for _ in range(4)]
+            arrays, out = comm.array(inputs), comm.empty(size, dtype)
+            for target in (out, None):
+                result = comm.all_reduce(arrays, target)
+                assert (result.algorithm, result.transports) == ("direct", ("p2p",))
+                for array, before in zip(arrays, inputs, strict=True):
+                    if target is not None:
+                        np.testing.assert_array_equal(array.get(), before)
+                for array in target or arrays:
+                    np.testing.assert_array_equal(array.get(), np.sum(inputs, axis=0, dtype=dtype))
+        arrays = comm.array([np.arange(8.0) + rank for rank in range(4)])
+        gathered, mine = comm.empty(8), comm.empty(2)
+        comm.reduce_scatter(arrays, mine, op="max")
+        comm.all_gather(mine, gathered)
+        for array in gathered:
+            np.testing.assert_array_equal(array.get(), np.arange(8.0) + 3)
+
+
 def test_two_devices_with_and_two_without_a_gpu(command: Sequence[str], tmp_path: Path) -> None:
     on_host = ("device", "--backend", "numpy", "--memory", "16MiB")
     with (

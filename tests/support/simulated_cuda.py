@@ -11,8 +11,10 @@ from __future__ import annotations
 
 import ctypes
 import mmap
+import os
 import queue
 import random
+import struct
 import threading
 import time
 import weakref
@@ -26,6 +28,10 @@ import numpy as np
 Launcher = Callable[[str, np.ndarray, int, int], None]
 
 _MAX_DELAY_S = 0.0005
+#: Arenas are no smaller.
+_LEAST_IPC_BYTES = 4 << 20
+#: Process, file and size.
+_IPC_HANDLE = struct.Struct("3Q40x")
 
 
 class CUDARuntimeError(RuntimeError):
@@ -55,6 +61,8 @@ class SimulatedCupy(SimpleNamespace):
         self._streams: dict[int, Stream] = {}
         # Work that is queued names memory by address alone; nothing is unmapped before the simulation ends.
         self._regions: list[tuple[mmap.mmap, range, int]] = []
+        #: The file behind memory that other processes can open, and its size, by address.
+        self._files: dict[int, tuple[int, int]] = {}
         #: What was freed, by size and stream.
         self._pool: dict[tuple[int, int], list[Memory]] = {}
         super().__init__(
@@ -70,6 +78,7 @@ class SimulatedCupy(SimpleNamespace):
                 alloc=self._alloc,
                 alloc_pinned_memory=self._alloc_pinned,
                 Memory=self._memory,
+                UnownedMemory=lambda ptr, nbytes, owner, gpu: OpenedMemory(ptr, gpu, owner),
                 MemoryPointer=MemoryPointer,
                 runtime=SimpleNamespace(
                     CUDARuntimeError=CUDARuntimeError,
@@ -85,6 +94,9 @@ class SimulatedCupy(SimpleNamespace):
                     },
                     driverGetVersion=lambda: 0,
                     runtimeGetVersion=lambda: 0,
+                    ipcGetMemHandle=self._ipc_handle,
+                    ipcOpenMemHandle=self._ipc_open,
+                    ipcCloseMemHandle=lambda address: None,  # nothing is unmapped before the simulation ends
                     memcpyAsync=self._memcpy,
                     memcpyPeerAsync=lambda target, to, source, of, nbytes, stream: self._memcpy(
                         target, source, nbytes, 3, stream
@@ -132,14 +144,37 @@ class SimulatedCupy(SimpleNamespace):
         gpu = self.current_gpu
         if nbytes > self.free_bytes[gpu]:
             raise CUDARuntimeError(f"cudaErrorMemoryAllocation: out of memory allocating {nbytes} bytes")
-        region = mmap.mmap(-1, max(nbytes, 1) + mmap.PAGESIZE)
+        size = max(nbytes, 1) + mmap.PAGESIZE
+        # As CUDA has it, memory of the pool is not for other processes.
+        fd = os.memfd_create("simulated-gpu") if nbytes >= _LEAST_IPC_BYTES else -1
+        if fd >= 0:
+            os.ftruncate(fd, size)
+        region = mmap.mmap(fd, size)
         region[: min(nbytes, 1 << 20)] = b"\xcd" * min(nbytes, 1 << 20)
         start = ctypes.addressof(ctypes.c_char.from_buffer(region))
         self._regions.append((region, range(start, start + nbytes), gpu))
+        if fd >= 0:
+            self._files[start] = fd, size
         self.free_bytes[gpu] -= nbytes
         memory = Memory(start, gpu)
         weakref.finalize(memory, self._free, gpu, nbytes)
         return memory
+
+    def _ipc_handle(self, address: int) -> bytes:
+        return _IPC_HANDLE.pack(os.getpid(), *self._files[address])
+
+    def _ipc_open(self, handle: bytes, flags: int) -> int:
+        """Needs the flag by which peer access is enabled, and another process, as CUDA does."""
+        assert flags == 1
+        pid, fd, size = _IPC_HANDLE.unpack(handle)
+        if pid == os.getpid():
+            raise CUDARuntimeError("cudaErrorInvalidResourceHandle: the memory is of this process")
+        there = os.open(f"/proc/{pid}/fd/{fd}", os.O_RDWR)
+        region = mmap.mmap(there, size)
+        os.close(there)
+        start = ctypes.addressof(ctypes.c_char.from_buffer(region))
+        self._regions.append((region, range(start, start + size - mmap.PAGESIZE), self.current_gpu))
+        return start
 
     def _free(self, gpu: int, nbytes: int) -> None:
         self.free_bytes[gpu] += nbytes
@@ -176,6 +211,14 @@ class Memory:
     def __init__(self, ptr: int, gpu: int) -> None:
         self.ptr = ptr
         self.gpu = gpu
+
+
+class OpenedMemory(Memory):
+    """Memory of another process; keeps alive what opened it."""
+
+    def __init__(self, ptr: int, gpu: int, owner: object) -> None:
+        super().__init__(ptr, gpu)
+        self.owner = owner
 
 
 class MemoryPointer:
