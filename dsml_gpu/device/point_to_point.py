@@ -82,7 +82,7 @@ class PointToPoint:
         """
         device.arena.check(addr, nbytes)
         stream_id = new_stream_id()
-        sender = GrpcSendLink(self._channels.stub(peer.address), stream_id, device.arena.memory, str(peer), link)
+        sender = GrpcSendLink(self._channels.peer(peer.address), stream_id, device.arena.memory, str(peer), link)
         self._follow(stream_id, self._send(device, addr, nbytes, sender))
         return stream_id
 

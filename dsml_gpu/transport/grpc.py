@@ -1,4 +1,8 @@
-"""gRPC transport: one StreamSend call carries a rank's slices to one peer, as many in flight as flow control lets."""
+"""gRPC transport: one StreamSend call carries a rank's slices to one peer, as many in flight as flow control lets.
+
+The first call to a server goes through gRPC, and its answer tells of the server's data port, to which later ones go
+(`data_port`). Calls over emulated links all go through gRPC.
+"""
 
 from __future__ import annotations
 
@@ -13,6 +17,7 @@ import grpc
 
 from dsml_gpu.errors import AmbiguousStream, DsmlError, OperationAborted, PeerUnavailable, StreamLength
 from dsml_gpu.memory.device_memory import DeviceMemory, DeviceNDArray, Download, Staged
+from dsml_gpu.transport.data_port import DataConnection, DataStream, connect, port_of
 from dsml_gpu.transport.emulation import DelayLine, DeviceLink
 from dsml_gpu.transport.incoming import Incoming, IncomingTable
 from dsml_gpu.transport.queue import ClosableQueue
@@ -27,26 +32,76 @@ _CANCELLATION_FOLLOWS_S = 0.5
 _DOWNLOADS_AHEAD = 4
 
 
+class Peer:
+    """The connections to one other device server.
+
+    Args:
+        address: host:port of its gRPC server.
+    """
+
+    def __init__(self, address: str) -> None:
+        self._address = address
+        self._channel = grpc.aio.insecure_channel(address, options=channel_options())
+        #: Of GPUDevice, over gRPC.
+        self.stub = device_stub(self._channel)
+        self._data: DataConnection | None = None
+        self._connecting: asyncio.Task[None] | None = None
+
+    def stream_send(self, by_grpc: bool = False) -> OutgoingStream | DataStream:
+        """Begins a StreamSend call.
+
+        Args:
+            by_grpc: to gRPC's own port, whether there is a data port or not.
+        """
+        if not by_grpc and self._data is not None and self._data.usable:
+            return self._data.open()
+        return OutgoingStream(self.stub.StreamSend())
+
+    async def learn(self, stream: OutgoingStream) -> None:
+        """Takes from the answer of a call by gRPC where the data port is, for the calls after it."""
+        port = port_of(await stream.metadata())
+        if port and self._connecting is None and (self._data is None or self._data.closed):
+            self._connecting = asyncio.ensure_future(self.connect(port))
+
+    async def connect(self, port: int) -> None:
+        """Connects to the server's data port. Where that does not come about, calls go on to gRPC's."""
+        try:
+            host = self._address.rpartition(":")[0].strip("[]")
+            self._data = await connect(host, port, self._address)
+        finally:
+            self._connecting = None
+
+    async def close(self) -> None:
+        """Closes them; calls on them end."""
+        if self._connecting is not None:
+            self._connecting.cancel()
+            await asyncio.gather(self._connecting, return_exceptions=True)
+        if self._data is not None:
+            self._data.close("the connection was closed here")
+        await self._channel.close()
+
+
 class ChannelPool:
-    """Connections to other device servers, one per address, made at first use and kept."""
+    """Connections to other device servers, by address, made at first use and kept."""
 
     def __init__(self) -> None:
-        self._channels: dict[str, grpc.aio.Channel] = {}
-        self._stubs: dict[str, Any] = {}
+        self._peers: dict[str, Peer] = {}
 
     def stub(self, address: str) -> Any:
         """The GPUDevice stub of a server."""
-        if address not in self._stubs:
-            self._channels[address] = grpc.aio.insecure_channel(address, options=channel_options())
-            self._stubs[address] = device_stub(self._channels[address])
-        return self._stubs[address]
+        return self.peer(address).stub
+
+    def peer(self, address: str) -> Peer:
+        """A server, for streams."""
+        if address not in self._peers:
+            self._peers[address] = Peer(address)
+        return self._peers[address]
 
     async def close(self) -> None:
         """Closes all connections; calls on them end with CANCELLED."""
-        channels, self._channels = self._channels, {}
-        self._stubs.clear()
-        for channel in channels.values():
-            await channel.close()
+        peers, self._peers = self._peers, {}
+        for peer in peers.values():
+            await peer.close()
 
 
 class _EndedEarlyError(DsmlError):
@@ -65,7 +120,7 @@ class GrpcSendLink:
     """See `link.SendLink`.
 
     Args:
-        stub: of the peer's server.
+        server: the peer's.
         stream_id: the stream, which the peer claims under the same number.
         memory: that slices come from.
         peer: who the peer is, for error messages.
@@ -74,9 +129,12 @@ class GrpcSendLink:
 
     needs_drain = True
 
-    def __init__(self, stub: Any, stream_id: int, memory: DeviceMemory, peer: str, link: DeviceLink | None = None) -> None:
-        self._stream = OutgoingStream(stub.StreamSend())
-        self._line = None if link is None else DelayLine(self._stream, link)
+    def __init__(
+        self, server: Peer, stream_id: int, memory: DeviceMemory, peer: str, link: DeviceLink | None = None
+    ) -> None:
+        self._server = server
+        self._stream = server.stream_send(by_grpc=link is not None)
+        self._line = DelayLine(self._stream, link) if link is not None and isinstance(self._stream, OutgoingStream) else None
         self._memory = memory
         self._peer = peer
         self._header = pb.DataChunk(streamId=stream_id)
@@ -128,6 +186,8 @@ class GrpcSendLink:
             await self._write(Chunk(b"", header), time.monotonic())
         await (self._stream if self._line is None else self._line).end()
         await self._stream.response()
+        if isinstance(self._stream, OutgoingStream) and self._line is None:
+            await self._server.learn(self._stream)
 
     async def _write(self, chunk: Chunk, ready_s: float) -> None:
         if self._line is None:

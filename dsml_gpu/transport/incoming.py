@@ -112,6 +112,11 @@ class IncomingTable:
     def __len__(self) -> int:
         return len(self._open)
 
+    @property
+    def is_emulated(self) -> bool:
+        """Messages wait for emulated links."""
+        return self._timer is not None
+
     def offer(self, stream_id: int) -> Incoming:
         """For the handler of a StreamSend call: the stream into which its messages go.
 

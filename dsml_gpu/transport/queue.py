@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
+from collections.abc import Callable
 from typing import Generic, TypeVar
 
 from dsml_gpu.errors import DsmlError
@@ -18,9 +19,13 @@ class ClosableQueue(Generic[T]):
 
     Args:
         depth: `put` waits while so many items lie here; 0: it never waits.
+
+    Attributes:
+        on_get: called with each item that is taken.
     """
 
     def __init__(self, depth: int = 0) -> None:
+        self.on_get: Callable[[T], None] | None = None
         self._depth = depth
         self._items: deque[T] = deque()
         self._error: DsmlError | None = None
@@ -50,6 +55,8 @@ class ClosableQueue(Generic[T]):
             raise self._error
         item = self._items.popleft()
         self._wake()
+        if self.on_get is not None:
+            self.on_get(item)
         return item
 
     def peek(self) -> T | None:

@@ -39,7 +39,16 @@ def encode_chunk(chunk: Chunk | bytes) -> bytes:
     return b"".join((_DATA_PREFIX, _varint(size), view, header))
 
 
-def decode_chunk(message: bytes) -> Chunk:
+def pieces_of(chunk: Chunk) -> list[Any]:
+    """The wire bytes of a chunk in pieces of which the payload is one, not copied."""
+    view = memoryview(chunk.data)
+    pieces: list[Any] = [_DATA_PREFIX + _varint(view.nbytes), view] if view.nbytes else []
+    if chunk.header is not None:
+        pieces.append(chunk.header.SerializeToString())
+    return pieces
+
+
+def decode_chunk(message: bytes | memoryview) -> Chunk:
     """The chunk of wire bytes; its data is a view of `message` where the message is payload only.
 
     Raises:
@@ -49,7 +58,7 @@ def decode_chunk(message: bytes) -> Chunk:
         size, start = _read_varint(message, 1)
         if start + size == len(message):
             return Chunk(memoryview(message)[start:])
-    parsed = pb.DataChunk.FromString(message)
+    parsed = pb.DataChunk.FromString(bytes(message))
     data = parsed.data
     parsed.ClearField("data")
     return Chunk(data, parsed)
@@ -67,7 +76,7 @@ def _varint(value: int) -> bytes:
     return bytes(out)
 
 
-def _read_varint(message: bytes, position: int) -> tuple[int, int]:
+def _read_varint(message: bytes | memoryview, position: int) -> tuple[int, int]:
     """Value and the position behind it; a value that no message can hold where the varint is cut short or too long."""
     value = shift = 0
     for index in range(position, min(position + 10, len(message))):

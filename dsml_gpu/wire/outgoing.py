@@ -41,6 +41,10 @@ class OutgoingStream:
         """Waits for the answer."""
         return await self._guard(self._call)
 
+    async def metadata(self) -> Any:
+        """Waits for the metadata with which the other side's answer begins."""
+        return await self._guard(self._call.initial_metadata())
+
     def on_end(self, callback: Callable[[], None]) -> None:
         """Calls `callback` when the call has ended, well or not."""
         self._call.add_done_callback(lambda _: callback())

@@ -11,14 +11,14 @@ from dsml_gpu.errors import DsmlError, NoAnswer, error_from
 #: Trailing metadata key that carries the name of the refusal.
 REFUSAL_KEY = "dsml-refusal"
 #: gRPC sends messages as a header; servers and proxies limit headers to 8 KiB.
-_MAX_MESSAGE_CHARACTERS = 1500
+MAX_MESSAGE_CHARACTERS = 1500
 
 
 async def abort(context: grpc.aio.ServicerContext[Any, Any], error: DsmlError) -> NoReturn:
     """Ends the call with the status that stands for `error`."""
     await context.abort(
         grpc.StatusCode[error.code],
-        str(error)[:_MAX_MESSAGE_CHARACTERS],
+        str(error)[:MAX_MESSAGE_CHARACTERS],
         trailing_metadata=((REFUSAL_KEY, error.refusal),),
     )
     raise AssertionError("abort raises")

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import ctypes
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 #: Memory is given back when at least so many bytes of messages have passed...
@@ -99,5 +100,6 @@ class MessageMemory:
     def _trim(self) -> None:
         self._since_trim = 0
         if _malloc_trim is not None:
-            # In a thread: it takes some 0.1 s after 1 GiB.
-            asyncio.get_running_loop().run_in_executor(None, _malloc_trim, 0)
+            with suppress(RuntimeError):  # the event loop is ending, and its threads have
+                # In a thread: it takes some 0.1 s after 1 GiB.
+                asyncio.get_running_loop().run_in_executor(None, _malloc_trim, 0)

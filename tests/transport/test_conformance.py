@@ -13,6 +13,7 @@ import pytest
 from dsml_gpu.device.service import DeviceService, TransferSettings
 from dsml_gpu.errors import DsmlError, OperationAborted, OperationTimeout, StreamLength
 from dsml_gpu.memory.host import HostMemory
+from dsml_gpu.transport.data_port import ALTERNATIVE_KEY, DataStream, port_of
 from dsml_gpu.transport.emulation import DeviceLink, LinkSettings
 from dsml_gpu.transport.grpc import ChannelPool, GrpcRecvLink, GrpcSendLink
 from dsml_gpu.transport.incoming import IncomingTable
@@ -43,19 +44,26 @@ async def p2p_ends() -> AsyncIterator[Ends]:
 
 
 @asynccontextmanager
-async def grpc_ends(settings: LinkSettings) -> AsyncIterator[Ends]:
-    """A real server and a real connection, on loopback, between two devices whose links may be emulated."""
+async def grpc_ends(settings: LinkSettings, data_port: bool = False) -> AsyncIterator[Ends]:
+    """A real server and a real connection, on loopback, between two devices whose links may be emulated.
+
+    Args:
+        data_port: the server's is known already.
+    """
     server = RpcServer("127.0.0.1", 0)
     server.bind()
     service = DeviceService(server.address, TransferSettings(stall_timeout_s=TIMEOUT_S, link=settings))
     await server.start({"GPUDevice": service}, 60.0)
     channels = ChannelPool()
+    if data_port:
+        await channels.peer(server.address).connect(port_of([(ALTERNATIVE_KEY, service._data_port.alternative)]))
+        assert isinstance(channels.peer(server.address).stream_send(), DataStream)
     stream_id = new_stream_id()
     table: IncomingTable = service._incoming
     source, target = (DeviceLink(settings, service._timer) if settings.emulated else None for _ in range(2))
     try:
         yield Ends(
-            lambda: GrpcSendLink(channels.stub(server.address), stream_id, MEMORY, "the receiver", source),
+            lambda: GrpcSendLink(channels.peer(server.address), stream_id, MEMORY, "the receiver", source),
             lambda: GrpcRecvLink(table.claim(stream_id, link=target), MEMORY, "the sender"),
             lambda: len(table),
         )
@@ -69,6 +77,7 @@ async def grpc_ends(settings: LinkSettings) -> AsyncIterator[Ends]:
 TRANSPORTS: dict[str, Callable[[], AbstractAsyncContextManager[Ends]]] = {
     "p2p": p2p_ends,
     "grpc": lambda: grpc_ends(LinkSettings()),
+    "grpc by data port": lambda: grpc_ends(LinkSettings(), data_port=True),
     "grpc over emulated links": lambda: grpc_ends(SLOW),
 }
 pytestmark = pytest.mark.parametrize("transport", sorted(TRANSPORTS))

@@ -275,9 +275,9 @@ class Network:
     def open(self, source: DeviceLink, target: DeviceLink) -> tuple[GrpcSendLink, GrpcRecvLink]:
         """Both ends of a new stream."""
         stream_id = new_stream_id()
-        stub = self.channels.stub(self._address)
+        server = self.channels.peer(self._address)
         return (
-            GrpcSendLink(stub, stream_id, MEMORY, "the receiver", source),
+            GrpcSendLink(server, stream_id, MEMORY, "the receiver", source),
             GrpcRecvLink(self._table.claim(stream_id, link=target), MEMORY, "the sender"),
         )
 
@@ -418,7 +418,7 @@ def test_what_came_before_its_receiver_counts_from_when_it_came() -> None:
     async def scenario() -> None:
         async with network(LinkSettings(0, 1 * MIB)) as net:
             stream_id, target = new_stream_id(), net.device()
-            sender = GrpcSendLink(net.channels.stub(net._address), stream_id, MEMORY, "the receiver", net.device())
+            sender = GrpcSendLink(net.channels.peer(net._address), stream_id, MEMORY, "the receiver", net.device())
             sender.send(np.zeros(MIB, np.uint8), lambda: None)
             sender.end()
             draining = asyncio.ensure_future(sender.drain())
