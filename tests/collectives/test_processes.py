@@ -53,7 +53,11 @@ def fleets() -> Iterator[dict[int, Client]]:
 
 def factors_of(collective: str) -> dict[str, Sequence[Any]]:
     """What varies in a collective."""
-    factors: dict[str, Sequence[Any]] = {"nranks": (3, 4), "algorithm": [*algorithms_of(collective)]}
+    factors: dict[str, Sequence[Any]] = {
+        "nranks": (3, 4),
+        "transport": ("auto", "grpc"),
+        "algorithm": [*algorithms_of(collective)],
+    }
     if collective != "barrier":
         factors |= {"dtype": [*DTYPES], "size": [*SIZES], "in_place": (False, True)}
     if collective in REDUCING:
@@ -111,16 +115,16 @@ def test_the_cases_cover_every_two_values(collective: str) -> None:
 
 @pytest.mark.parametrize("collective", [*COLLECTIVES])
 def test_between_processes(fleets: dict[int, Client], collective: str) -> None:
-    cases = [case_of(collective, row) for row in covering_rows(factors_of(collective))]
-    assert {case.algorithm for case in cases} == {*algorithms_of(collective)}
-    for nranks, client in fleets.items():
-        with client.communicator(nranks) as comm:
-            for case in cases:
-                if case.nranks == nranks:
-                    check(comm, case)
+    rows = covering_rows(factors_of(collective))
+    assert {row["algorithm"] for row in rows} == {*algorithms_of(collective)}
+    for (nranks, client), transport in itertools.product(fleets.items(), ("auto", "grpc")):
+        with client.communicator(nranks, transport=transport) as comm:
+            for row in rows:
+                if (row["nranks"], row["transport"]) == (nranks, transport):
+                    check(comm, case_of(collective, row), transport)
 
 
-def check(comm: Communicator, case: Case) -> None:
+def check(comm: Communicator, case: Case, transport: str) -> None:
     """Runs a case, and compares what it gives and what it must not change."""
     if case.collective == "barrier":
         result, expected = comm.barrier(algorithm=case.algorithm), []
@@ -131,7 +135,9 @@ def check(comm: Communicator, case: Case) -> None:
     assert result is not None
     (operation,) = result.operations
     assert (operation.collective, operation.algorithm, operation.reason) == (case.collective, case.algorithm, "as asked")
-    assert result.transports == (("grpc",) if result.bytes_sent else ())
+    copies_first = case.collective == "all_to_all" and case.in_place
+    one_pass = transport == "auto" and case.algorithm == "direct" and not copies_first
+    assert result.transports == (("p2p" if one_pass else "grpc",) if result.bytes_sent else ())
     if sum(case.counts) > case.nranks**2:
         assert result.bytes_sent > 0
     for array, values in expected:
