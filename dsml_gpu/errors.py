@@ -204,7 +204,9 @@ BY_CODE |= {"UNKNOWN": Unavailable, "CANCELLED": OperationAborted}
 
 def error_from(code: str, message: str, refusal: str | None = None) -> DsmlError:
     """The exception for a status that came over the wire."""
-    cls = BY_REFUSAL.get(refusal or "") or BY_CODE.get(code)
-    if cls is None or cls is DsmlError:
+    cls = BY_REFUSAL.get(refusal or "")
+    if cls is None or cls is DsmlError:  # which has no refusal of its own
+        cls = BY_CODE.get(code)
+    if cls is None:
         return DsmlError(f"{code}: {message}")
     return cls(message)

@@ -13,7 +13,7 @@ from typing import Any, cast
 from dsml_gpu.coordinator import passes, plan
 from dsml_gpu.coordinator.call import CollectiveCall
 from dsml_gpu.coordinator.choice import Choice, Chooser
-from dsml_gpu.coordinator.control_round import cancel, run_round
+from dsml_gpu.coordinator.control_round import cancel, lost_communicator, run_round
 from dsml_gpu.coordinator.device_handle import DeviceHandle
 from dsml_gpu.coordinator.fusion import buckets_of, fused
 from dsml_gpu.coordinator.memory_access import MemoryAccess
@@ -89,6 +89,7 @@ class Communicator:
         self.handles = tuple(handles)
         self._chooser = chooser
         self._memories = MemoryAccess(forced_transport)
+        self._process_uids = [handle.metadata.processUid for handle in handles]
         self._team = passes.Team.of([handle.metadata for handle in handles])
         self._forced_transport = forced_transport
         self._stall_timeout_ms = stall_timeout_ms
@@ -197,6 +198,15 @@ class Communicator:
         if self._finalized:
             raise CommNotReady(f"communicator {self.comm_id} was finalized and takes no more operations")
 
+    def _require_same_processes(self) -> None:
+        """Raises PeerUnavailable where a device's server is not the one that joined: it would have to join, empty as it is.
+
+        Who takes part in an operation says so itself (`control_round`). A rank that has nothing to do is not even asked.
+        """
+        for rank, (handle, process_uid) in enumerate(zip(self.handles, self._process_uids, strict=True)):
+            if handle.metadata.processUid != process_uid:
+                raise lost_communicator(rank, handle)
+
     def _start(self, calls: list[CollectiveCall]) -> asyncio.Task[pb.CollectiveResult]:
         # The place in the order is taken here and now, not when the task gets to run.
         turn = Turn(self.handles, self._operation_timeout_s)
@@ -212,6 +222,7 @@ class Communicator:
         what = str(calls[0]) if len(calls) == 1 else f"a group of {len(calls)} operations"
         try:
             async with turn:
+                self._require_same_processes()
                 if self._memories.has_moved(self.handles):
                     await self.join()
                 planned = await self._plan(calls)

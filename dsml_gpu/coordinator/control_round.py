@@ -63,10 +63,15 @@ async def _execute(rank: int, handle: DeviceHandle, request: pb.ExecuteRequest) 
     try:
         response = await handle.call("Execute", request, timeout_s=None)
     except CommNotFound:
-        raise PeerUnavailable(f"rank {rank}: {handle} has lost the communicator; its server was restarted") from None
+        raise lost_communicator(rank, handle) from None
     except DsmlError as error:
         raise type(error)(f"rank {rank} ({handle}): {error}") from error
     return int(response.bytesSent)
+
+
+def lost_communicator(rank: int, handle: DeviceHandle) -> PeerUnavailable:
+    """The error of an operation with a device whose server knows nothing of the communicator."""
+    return PeerUnavailable(f"rank {rank}: {handle} has lost the communicator; its server was restarted")
 
 
 def _vagueness(error: BaseException) -> int:

@@ -53,8 +53,10 @@ class MemoryAccess:
         devices = [handle.metadata for handle in handles]
         uids = {device.processUid for device in devices}
         self._one_process = len(uids) == 1 and "" not in uids and len({device.backend for device in devices}) == 1
-        closed = await self._share(handles, devices)
-        self._joined_with = [handle.shared for handle in handles]
+        may_open = passes.may_open_memory(devices, self._forced)
+        opens = may_open and not self._one_process
+        closed = await _share(handles) if opens else None
+        self._joined_with = [handle.shared if opens else None for handle in handles]
         responses = await _all_or_first_error(
             [
                 handle.call(
@@ -69,7 +71,7 @@ class MemoryAccess:
                 for rank, handle in enumerate(handles)
             ]
         )
-        if closed is None:
+        if may_open and closed is None:
             closed = next(
                 (
                     f"{handles[rank]} cannot open the memory of {handles[unreachable.rank]}: {unreachable.reason}"
@@ -78,23 +80,12 @@ class MemoryAccess:
                 ),
                 None,
             )
-            if closed is not None:
-                log.warning("communicator %d uses gRPC: %s", comm_id, closed)
-        self.all_open = closed is None
+        self.all_open = may_open and closed is None
         if not self.all_open and not self._one_process and self._forced == pb.P2P:
-            raise InvalidValue(f"p2p is not possible between these devices: {closed}")
-
-    async def _share(self, handles: Sequence[DeviceHandle], devices: Sequence[pb.DeviceMetadata]) -> str | None:
-        """Asks devices where their memory can be opened, where that may help; returns why it does not."""
-        for handle in handles:
-            if self._one_process:
-                handle.shared = None
-        if not passes.may_open_memory(devices, self._forced):
-            return "they are not of one host and one backend, or their links are emulated"
-        if self._one_process:
-            return None
-        reasons = await _all_or_first_error([_share_memory(handle) for handle in handles])
-        return next((reason for reason in reasons if reason is not None), None)
+            why = closed or "they are not of one host and one backend, with one GPU for each process"
+            raise InvalidValue(f"p2p is not possible between these devices: {why}")
+        if closed is not None:
+            log.warning("communicator %d uses gRPC: %s", comm_id, closed)
 
     def has_moved(self, handles: Sequence[DeviceHandle]) -> bool:
         """Whether memory of a rank is somewhere else than when it joined: then all must join again."""
@@ -124,6 +115,12 @@ class MemoryAccess:
             ", ".join(str(handles[rank]) for rank in lost),
         )
         await asyncio.gather(*(_move_memory(handle) for handle in survivors))
+
+
+async def _share(handles: Sequence[DeviceHandle]) -> str | None:
+    """Asks devices where their memory can be opened; returns why one of them does not tell."""
+    reasons = await _all_or_first_error([_share_memory(handle) for handle in handles])
+    return next((reason for reason in reasons if reason is not None), None)
 
 
 async def _quiesce(handle: DeviceHandle, comm_id: int) -> bool:

@@ -32,6 +32,8 @@ from dsml_gpu.wire.codec import Chunk
 from dsml_gpu.wire.messages import require
 from dsml_gpu.wire.stubs import DEFAULT_MAX_MESSAGE_BYTES
 
+#: Requests that are longer are not remembered.
+_MAX_REMEMBERED_BYTES = 16 << 10
 #: A copy by a client itself may take the stall timeout and what it needs at this speed, far below that of any memory.
 _SLOWEST_COPY_BYTES_PER_S = 100e6
 
@@ -181,7 +183,9 @@ class CoordinatorService:
 
     async def Collective(self, request: pb.CollectiveRequest, context: Any) -> pb.CollectiveResponse:
         comm = self._comm(request.commId)
-        result = await comm.submit(_call_of(request.SerializeToString(), comm.nranks))
+        message = request.SerializeToString()
+        known = len(message) <= _MAX_REMEMBERED_BYTES
+        result = await comm.submit(_call_of(message, comm.nranks) if known else call_of(request, comm.nranks))
         return pb.CollectiveResponse(success=True, result=result)
 
     async def GetCostModel(self, request: pb.GetCostModelRequest, context: Any) -> pb.GetCostModelResponse:

@@ -11,8 +11,9 @@ given up; before that memory is used for anything else, the coordinator has it m
 from __future__ import annotations
 
 import asyncio
+import logging
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
@@ -22,6 +23,8 @@ import numpy as np
 from dsml_gpu.device.device import Device
 from dsml_gpu.memory.device_memory import DeviceNDArray
 from dsml_gpu.reduction import Operator
+
+log = logging.getLogger(__name__)
 
 #: Bytes of one operand that are done in one piece, after which a pass can be given up: some 10 ms.
 _PIECE_BYTES = 16 << 20
@@ -60,24 +63,31 @@ async def run_passes(device: Device, passes: Sequence[Pass]) -> None:
     Raises:
         InternalError: from the device's memory.
     """
-    if device.arena.backend.name != "numpy":
-        for one in passes:
-            _run(device, one)
-        await device.arena.memory.finish()
+    on_host = device.arena.backend.name == "numpy"
+    if on_host and sum(one.nbytes for one in passes) > _INLINE_BYTES:
+        given_up = threading.Event()
+        await _to_the_end(asyncio.to_thread(_run_all, device, passes, given_up), given_up.set)
         return
-    if sum(one.nbytes for one in passes) <= _INLINE_BYTES:
-        for one in passes:
-            _run(device, one)
-        return
-    given_up = threading.Event()
-    work = asyncio.ensure_future(asyncio.to_thread(_run_all, device, passes, given_up))
     try:
-        await asyncio.shield(work)
+        for one in passes:
+            _run(device, one)
+    finally:
+        if not on_host:  # also what was queued before one that failed
+            await _to_the_end(device.arena.memory.finish())
+
+
+async def _to_the_end(work: Coroutine[Any, Any, None], give_up: Callable[[], None] = lambda: None) -> None:
+    """Waits for work that cannot be cancelled: where the one who waits is, it is told, and waited for all the same."""
+    task = asyncio.ensure_future(work)
+    try:
+        await asyncio.shield(task)
     except asyncio.CancelledError:
-        given_up.set()
-        while not work.done():
+        give_up()
+        while not task.done():
             with suppress(asyncio.CancelledError):  # whoever cancels once more is to wait as well
-                await asyncio.wait([work])
+                await asyncio.wait([task])
+        if not task.cancelled() and (failure := task.exception()) is not None:
+            log.warning("work that was given up failed: %s", failure)
         raise
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import socket
 import zlib
 from dataclasses import dataclass, field
@@ -89,8 +90,7 @@ class DeviceServer:
 
     async def stop(self, drain_s: float = 10.0) -> None:
         """Drains and stops."""
-        await self.rpc.stop(drain_s)
-        await self._lane.stop()
+        await asyncio.gather(self.rpc.stop(drain_s), self._lane.stop(drain_s))
         await self._service.close()
 
 

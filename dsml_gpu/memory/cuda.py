@@ -28,6 +28,8 @@ from dsml_gpu.memory.shared import SharedHandle, boot_id
 
 #: cudaErrorMemoryAllocation.
 _MEMORY_ALLOCATION = 2
+#: CUDA_IPC_HANDLE_SIZE.
+_IPC_HANDLE_BYTES = 64
 #: cudaIpcMemLazyEnablePeerAccess.
 _LAZY_ENABLE_PEER_ACCESS = 1
 #: Least size of a slot; what is longer is copied piece by piece, or has a slot of its own size.
@@ -84,11 +86,15 @@ class CudaMemory:
 
     def share(self) -> SharedHandle:
         with self._on_gpu():
-            handle = cp.cuda.runtime.ipcGetMemHandle(self._arena.data.ptr)
+            try:
+                handle = cp.cuda.runtime.ipcGetMemHandle(self._arena.data.ptr)
+            except cp.cuda.runtime.CUDARuntimeError as error:
+                raise MemoryNotShared(f"GPU {self.gpu} does not share it: {error}") from None
         return SharedHandle(self._arena.nbytes, boot_id(), cuda_ipc_handle=bytes(handle))
 
     def open_shared(self, handle: SharedHandle) -> DeviceNDArray:
-        if not handle.cuda_ipc_handle or handle.boot_id != boot_id():
+        # CuPy reads as many bytes as a handle has, however many it is given.
+        if len(handle.cuda_ipc_handle) != _IPC_HANDLE_BYTES or handle.boot_id != boot_id():
             raise MemoryNotShared("it is no memory of a GPU of this host")
         opened = self._opened.get(handle)
         if opened is None:

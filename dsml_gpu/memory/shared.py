@@ -111,6 +111,7 @@ class SharedRange:
         self._nbytes = nbytes
         #: Offsets of where it is (the last) and was: who has opened it there may still write, and so take memory.
         self._places = [offset]
+        self._moving = threading.Lock()
         _when_unused(owner, _release, self._file, address, nbytes, self._places)
 
     def handle(self) -> SharedHandle:
@@ -127,6 +128,10 @@ class SharedRange:
         Raises:
             MemoryError: there is not so much address space, or memory.
         """
+        with self._moving:
+            self._move()
+
+    def _move(self) -> None:
         fd, old = self._file.fd, self._places[-1]
         new = self._file.reserve(self._nbytes)
         target = _map(fd, self._nbytes, new)

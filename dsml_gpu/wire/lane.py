@@ -4,11 +4,12 @@ An empty RPC over gRPC takes some 0.4 ms on two cores of a server, most of it pr
 fraction of that. A collective over shared memory is little more than its control message, so it pays. Where the socket
 cannot be reached, everything goes by gRPC.
 
-The socket is in Linux's abstract namespace: it has no file, ends with its process, and only processes of the same user are
-let in. A lane that breaks is how a coordinator hears at once that a device server has died.
+The socket is in Linux's abstract namespace: it has no file and ends with its process. Anybody can connect to a name, and
+take one that is free, so both ends look whether the other one's process is of the same user. A lane that breaks is how a
+coordinator hears at once that a device server has died.
 
 A frame is a header (`_HEADER`) and a payload. A request's payload is the length of the method's name in a byte, the name,
-and the message; an answer's is the message, or of a refusal its name, a zero byte and the text.
+and the message; an answer's is the message, or of a refusal its name, its code and the text, with zero bytes in between.
 """
 
 from __future__ import annotations
@@ -26,7 +27,16 @@ from typing import Any
 
 from google.protobuf.message import DecodeError
 
-from dsml_gpu.errors import DsmlError, InternalError, MalformedMessage, NoAnswer, Unavailable, error_from
+from dsml_gpu.errors import (
+    DsmlError,
+    InternalError,
+    MalformedMessage,
+    MessageTooLarge,
+    NoAnswer,
+    OperationAborted,
+    Unavailable,
+    error_from,
+)
 from dsml_gpu.wire import gpu_sim_pb2 as pb
 
 log = logging.getLogger(__name__)
@@ -47,17 +57,30 @@ def can_have_lanes() -> bool:
 
 
 class _Frames(asyncio.Protocol):
-    """Takes frames apart."""
+    """Takes frames apart.
+
+    Attributes:
+        is_ours: the other process is of the same user; nothing that comes from another one counts.
+    """
 
     def __init__(self) -> None:
         self._received = bytearray()
+        self.is_ours = False
         self.transport: asyncio.Transport | None = None
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         assert isinstance(transport, asyncio.Transport)
         self.transport = transport
+        credentials = transport.get_extra_info("socket").getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
+        _, uid, _ = _CREDENTIALS.unpack(credentials)
+        self.is_ours = uid == os.getuid()
+        if not self.is_ours:
+            log.warning("a lane is refused: the other process is of user %d, not %d", uid, os.getuid())
+            self.close()
 
     def data_received(self, data: bytes) -> None:
+        if not self.is_ours:
+            return
         received = self._received
         received += data
         while len(received) >= _HEADER.size:
@@ -112,12 +135,19 @@ class LaneServer:
         self._server = await loop.create_unix_server(lambda: _ServerLane(self._servicer, self._lanes), f"\0{name}")
         self.name = name
 
-    async def stop(self) -> None:
-        """Refuses new lanes and closes those there are; what runs is cancelled. Idempotent."""
-        if self._server is not None:
-            self._server.close()
-            for lane in list(self._lanes):
-                lane.close()
+    async def stop(self, drain_s: float = 0.0) -> None:
+        """Refuses new lanes and calls, lets running ones end for `drain_s` seconds, then closes all lanes. Idempotent."""
+        if self._server is None:
+            return
+        self._server.close()
+        running: list[asyncio.Task[None]] = []
+        for lane in self._lanes:
+            lane.stops = True
+            running += lane.calls.values()
+        if running:
+            await asyncio.wait(running, timeout=drain_s)
+        for lane in list(self._lanes):
+            lane.close()
 
 
 class _ServerLane(_Frames):
@@ -127,43 +157,46 @@ class _ServerLane(_Frames):
         super().__init__()
         self._servicer = servicer
         self._lanes = lanes
-        self._calls: dict[int, asyncio.Task[None]] = {}
+        #: What runs, by number.
+        self.calls: dict[int, asyncio.Task[None]] = {}
+        self.stops = False
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         super().connection_made(transport)
-        credentials = transport.get_extra_info("socket").getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
-        _, uid, _ = _CREDENTIALS.unpack(credentials)
-        if uid != os.getuid():
-            log.warning("a lane is refused: the other process is of user %d, not %d", uid, os.getuid())
-            self.close()
-            return
-        self._lanes.add(self)
+        if self.is_ours:
+            self._lanes.add(self)
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._lanes.discard(self)
-        for call in self._calls.values():
+        for call in self.calls.values():
             call.cancel()
 
     def frame(self, number: int, kind: int, payload: bytes) -> None:
         if kind == _CANCEL:
-            if number in self._calls:
-                self._calls[number].cancel()
-        elif kind == _REQUEST and self in self._lanes:
+            if number in self.calls:
+                self.calls[number].cancel()
+        elif kind == _REQUEST:
             task = asyncio.get_running_loop().create_task(self._serve(number, payload))
-            self._calls[number] = task
-            task.add_done_callback(lambda _: self._calls.pop(number, None))
+            self.calls[number] = task
+            task.add_done_callback(lambda _: self.calls.pop(number, None))
 
     async def _serve(self, number: int, payload: bytes) -> None:
         try:
             self.send(number, _ANSWER, (await self._answer(payload)).SerializeToString())
         except DsmlError as error:
             self._refuse(number, error)
+        except asyncio.CancelledError:
+            # Who has cancelled it may not be the client, who is not to wait for ever.
+            self._refuse(number, OperationAborted("the call was cancelled"))
+            raise
         except Exception as error:
             log.exception("a request met a defect of the server")
             self._refuse(number, InternalError(f"defect of the server: {type(error).__name__}: {error}"))
 
     async def _answer(self, payload: bytes) -> Any:
-        name = payload[1 : 1 + payload[0]].decode("ascii") if payload else ""
+        if self.stops:
+            raise Unavailable("the server stops")
+        name = payload[1 : 1 + payload[0]].decode("ascii", "replace") if payload else ""
         method = _METHODS.get(name)
         if method is None or method.client_streaming or method.server_streaming:
             raise MalformedMessage(f"{name!r} is no unary method of GPUDevice")
@@ -191,15 +224,23 @@ class Lane(_Frames):
         return self.transport is not None and not self.transport.is_closing()
 
     async def call(self, method: str, request: Any, timeout_s: float | None) -> Any:
-        """One RPC. Raises as one over gRPC (`status.error_of`); cancelling it cancels it at the other end."""
+        """One RPC; cancelling it cancels it at the other end.
+
+        Raises:
+            MessageTooLarge: the request is not for a lane. It was not sent.
+            DsmlError: as over gRPC (`status.error_of`).
+        """
         if not self.is_open:
             raise Unavailable("the lane is closed")
+        name = method.encode("ascii")
+        payload = b"".join((bytes([len(name)]), name, request.SerializeToString()))
+        if len(payload) > _MAX_PAYLOAD_BYTES:
+            raise MessageTooLarge(f"{len(payload)} bytes do not fit into a frame of {_MAX_PAYLOAD_BYTES}")
         loop = asyncio.get_running_loop()
         number = next(self._numbers)
         answer = self._waiting[number] = loop.create_future()
         expiry = None if timeout_s is None else loop.call_later(timeout_s, self._expire, answer)
-        name = method.encode("ascii")
-        self.send(number, _REQUEST, b"".join((bytes([len(name)]), name, request.SerializeToString())))
+        self.send(number, _REQUEST, payload)
         try:
             payload = await answer
         except BaseException:
@@ -209,7 +250,11 @@ class Lane(_Frames):
             del self._waiting[number]
             if expiry is not None:
                 expiry.cancel()
-        return getattr(pb, _METHODS[method].output_type.name).FromString(payload)
+        output = _METHODS[method].output_type.name
+        try:
+            return getattr(pb, output).FromString(payload)
+        except DecodeError as error:
+            raise InternalError(f"the answer to {method} is not a {output}: {error}") from None
 
     @staticmethod
     def _expire(answer: asyncio.Future[bytes]) -> None:
@@ -238,5 +283,5 @@ async def open_lane(name: str) -> Lane | None:
         return None
     with contextlib.suppress(OSError):
         _, lane = await asyncio.get_running_loop().create_unix_connection(Lane, f"\0{name}")
-        return lane
+        return lane if lane.is_open else None
     return None
