@@ -36,6 +36,7 @@ class Communicator(Collectives):
 
     def __init__(self, connection: CoordinatorConnection, response: pb.CommInitResponse) -> None:
         self._connection = connection
+        connection.open_lane(response.lane)
         self.comm_id: int = response.commId
         self._closed = False
         self.devices = tuple(

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import grpc
 import numpy as np
 
-from dsml_gpu.errors import DsmlError, MemoryNotShared, PeerUnavailable, StreamLength, Unavailable
+from dsml_gpu.errors import DsmlError, MemoryNotShared, MessageTooLarge, PeerUnavailable, StreamLength, Unavailable
 from dsml_gpu.wire import gpu_sim_pb2 as pb
+from dsml_gpu.wire.blocking_lane import BlockingLanes, LaneClosed
 from dsml_gpu.wire.codec import Chunk
 from dsml_gpu.wire.status import error_of
 from dsml_gpu.wire.stubs import COPY_SLICE_BYTES, channel_options, coordinator_stub
@@ -37,6 +38,7 @@ class CoordinatorConnection:
         self.target = target
         self._timeout_s = timeout_s
         self.collective_timeout_s = collective_timeout_s
+        self._lanes: BlockingLanes | None = None
         self._channel = grpc.insecure_channel(target, options=channel_options())
         self._stub = coordinator_stub(self._channel)
         try:
@@ -47,10 +49,24 @@ class CoordinatorConnection:
 
     def call(self, method: str, request: Any, timeout_s: float | None = None) -> Any:
         """One RPC. Raises the exception class of the refusal."""
+        if self._lanes is not None and not isinstance(request, Iterator):
+            with suppress(LaneClosed, MessageTooLarge):  # then it goes by gRPC
+                return self._call_by_lane(self._lanes, method, request, timeout_s or self._timeout_s)
         try:
             return getattr(self._stub, method)(request, timeout=timeout_s or self._timeout_s)
         except grpc.RpcError as failure:
             raise self._error(failure) from None
+
+    def open_lane(self, name: str) -> None:
+        """Calls go by the coordinator's lane of that name from now on, where it can be reached from here (`wire.lane`)."""
+        if name and self._lanes is None:
+            self._lanes = BlockingLanes(name, "GPUCoordinator")
+
+    def _call_by_lane(self, lanes: BlockingLanes, method: str, request: Any, timeout_s: float) -> Any:
+        try:
+            return lanes.call(method, request, timeout_s)
+        except Unavailable as error:
+            raise self._named(error) from None
 
     def write(self, device_id: int, addr: int, data: np.ndarray) -> None:
         """Copies contiguous host bytes (a uint8 array) to device memory."""
@@ -111,13 +127,17 @@ class CoordinatorConnection:
     def close(self) -> None:
         """Closes the connection. Idempotent."""
         self._channel.close()
+        if self._lanes is not None:
+            self._lanes.close()
 
     def _copy_timeout_s(self, nbytes: int) -> float:
         # A copy comes after the collectives that were issued before it.
         return self.collective_timeout_s + nbytes / _SLOWEST_COPY_BYTES_PER_S
 
     def _error(self, failure: grpc.RpcError) -> DsmlError:
-        error = error_of(failure)
+        return self._named(error_of(failure))
+
+    def _named(self, error: DsmlError) -> DsmlError:
         if type(error) is Unavailable:
             return PeerUnavailable(f"the coordinator at {self.target} does not answer: {error}")
         return error

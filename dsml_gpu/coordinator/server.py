@@ -9,6 +9,7 @@ from dsml_gpu.coordinator.embedded import DeviceService, EmbeddedDevices, Transf
 from dsml_gpu.coordinator.registry import DeviceRegistry
 from dsml_gpu.coordinator.service import CoordinatorService, CoordinatorSettings
 from dsml_gpu.memory.backend import NUMPY, Backend
+from dsml_gpu.wire.lane import LaneServer
 from dsml_gpu.wire.server import RpcServer
 from dsml_gpu.wire.stubs import DEFAULT_MAX_MESSAGE_BYTES
 
@@ -76,13 +77,16 @@ class CoordinatorServer:
         self.registry = DeviceRegistry(config.devices, self._embedded, config.settings.stall_timeout_s)
         await self.registry.start(config.embedded or 0)
         self._service = CoordinatorService(self.registry, config.settings)
+        self._lane = LaneServer(self._service, "GPUCoordinator")
+        await self._lane.start()
+        self._service.lane = self._lane.name
         servicers = {"GPUCoordinator": self._service, "GPUDevice": devices}
         await self.rpc.start(servicers, config.settings.stall_timeout_s)
 
     async def stop(self, drain_s: float = 10.0) -> None:
         """Drains, takes leave of all devices, and stops."""
         deadline = asyncio.get_running_loop().time() + drain_s
-        await self.rpc.stop(drain_s)
+        await asyncio.gather(self.rpc.stop(drain_s), self._lane.stop(drain_s))
         await self._service.close(max(0.0, deadline - asyncio.get_running_loop().time()))
         await self.registry.close()
         await self._embedded.close()

@@ -66,6 +66,8 @@ class CoordinatorService:
         self._registry = registry
         self._settings = settings
         self._comms: dict[int, Communicator] = {}
+        #: Name of the server's lane; empty where it has none.
+        self.lane = ""
         self._chooser = Chooser(settings.cost_model)
         # Devices are chosen after a round of questions to their servers; nobody else may choose meanwhile.
         self._choosing = asyncio.Lock()
@@ -115,7 +117,9 @@ class CoordinatorService:
             await asyncio.shield(self._give_back(comm))
             raise
         self._comms[comm_id] = comm
-        return pb.CommInitResponse(success=True, commId=comm_id, devices=[handle.metadata for handle in handles])
+        return pb.CommInitResponse(
+            success=True, commId=comm_id, devices=[handle.metadata for handle in handles], lane=self.lane
+        )
 
     async def GetCommStatus(self, request: pb.GetCommStatusRequest, context: Any) -> pb.GetCommStatusResponse:
         status, message = self._comm(request.commId).status

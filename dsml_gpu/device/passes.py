@@ -29,7 +29,7 @@ log = logging.getLogger(__name__)
 #: Bytes of one operand that are done in one piece, after which a pass can be given up: some 10 ms.
 _PIECE_BYTES = 16 << 20
 #: Passes that touch up to so many bytes together stop the event loop for less time than a thread would cost.
-_INLINE_BYTES = 1 << 20
+_INLINE_BYTES = 16 << 20
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,7 +13,7 @@ from dsml_gpu.reduction import Operator, Reducer
 
 log = logging.getLogger(__name__)
 
-_Key = tuple[Reducer, Operator, np.dtype[Any], bool]
+_Key = tuple[Reducer, Operator, np.dtype[Any], int, bool]
 
 
 class Preparation:
@@ -22,7 +22,16 @@ class Preparation:
     def __init__(self) -> None:
         self._under_way: dict[_Key, asyncio.Future[None]] = {}
 
-    async def begin(self, reducer: Reducer, operator: Operator, dtype: np.dtype[Any], weighted: bool = False) -> None:
+    async def begin(
+        self,
+        reducer: Reducer,
+        operator: Operator,
+        dtype: np.dtype[Any],
+        sources: int = 2,
+        destinations: int = 1,
+        *,
+        weighted: bool = False,
+    ) -> None:
         """Compiles what is not compiled yet; waits for it only where the reducer must be ready.
 
         Args:
@@ -31,12 +40,14 @@ class Preparation:
         Raises:
             Exception: the reducer must be ready, and it could not be compiled.
         """
-        if reducer.is_ready(operator, dtype, weighted=weighted):
+        if reducer.is_ready(operator, dtype, sources, destinations, weighted=weighted):
             return
-        key = (reducer, operator, dtype, weighted)
+        key = (reducer, operator, dtype, sources, weighted)
         preparing = self._under_way.get(key)
         if preparing is None:
-            preparing = asyncio.ensure_future(asyncio.to_thread(reducer.prepare, operator, dtype, weighted))
+            preparing = asyncio.ensure_future(
+                asyncio.to_thread(reducer.prepare, operator, dtype, sources, weighted=weighted)
+            )
             preparing.add_done_callback(partial(self._end, key))
             self._under_way[key] = preparing
         if reducer.must_be_ready:

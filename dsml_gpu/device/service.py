@@ -289,8 +289,12 @@ class DeviceService:
     async def _run_passes(self, device: Device, membership: Membership, request: pb.ExecuteRequest) -> int:
         """Returns how many bytes it moved between the memories of different devices."""
         passes = [_pass(one, membership) for one in request.passes]
-        for one in dict.fromkeys((one.operator, one.dtype, bool(one.weights)) for one in passes if len(one.sources) > 1):
-            await self._preparation.begin(device.reducer, *one)
+        for operator, dtype, sources, destinations, weighted in dict.fromkeys(
+            (one.operator, one.dtype, len(one.sources), len(one.destinations), bool(one.weights))
+            for one in passes
+            if len(one.sources) > 1 or one.weights
+        ):
+            await self._preparation.begin(device.reducer, operator, dtype, sources, destinations, weighted=weighted)
         await run_passes(device, passes)
         return sum(map(_moved_bytes, request.passes))
 
@@ -319,7 +323,7 @@ class DeviceService:
         for operation in operations:
             if operation.dataflow.reduces or operation.weight is not None:
                 weighted = operation.weight is not None
-                await self._preparation.begin(device.reducer, operation.operator, operation.dtype, weighted)
+                await self._preparation.begin(device.reducer, operation.operator, operation.dtype, weighted=weighted)
         links = self._open_links(device, membership, request.links, flows)
         execution = GroupExecution(device, membership.nranks, links, slice_bytes, stall_timeout_s)
         await execution.run(operations)

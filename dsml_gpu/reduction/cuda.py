@@ -6,6 +6,7 @@ import logging
 import threading
 import time
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any
 
 import cupy as cp
@@ -37,12 +38,14 @@ class CudaReducer:
         self._kernels = loaded_kernels(gpu)
         self._max_blocks = cp.cuda.Device(gpu).attributes["MultiProcessorCount"] * _BLOCKS_PER_MULTIPROCESSOR
 
-    def is_ready(self, operator: Operator, dtype: np.dtype[Any], *, weighted: bool = False) -> bool:
-        return all(name in self._kernels for name in _needed(operator, dtype, weighted))
+    def is_ready(
+        self, operator: Operator, dtype: np.dtype[Any], sources: int = 2, destinations: int = 1, *, weighted: bool = False
+    ) -> bool:
+        return all(name in self._kernels for name in _needed(operator, dtype, sources, weighted))
 
-    def prepare(self, operator: Operator, dtype: np.dtype[Any], weighted: bool = False) -> None:
+    def prepare(self, operator: Operator, dtype: np.dtype[Any], sources: int = 2, *, weighted: bool = False) -> None:
         cp.cuda.Device(self._gpu).use()  # in a thread that may have used none yet, or another one
-        for name in _needed(operator, dtype, weighted):
+        for name in _needed(operator, dtype, sources, weighted):
             self._kernels.kernel(name)
 
     def reduce(
@@ -128,11 +131,13 @@ def loaded_kernels(gpu: int) -> KernelCache:
     return _CACHES.setdefault(gpu, KernelCache(gpu))
 
 
-def _needed(operator: Operator, dtype: np.dtype[Any], weighted: bool) -> list[str]:
-    """The instantiations for two sources: an average is a sum until its last hop."""
+@lru_cache(maxsize=1024)
+def _needed(operator: Operator, dtype: np.dtype[Any], sources: int, weighted: bool) -> tuple[str, ...]:
+    """The instantiations for so many sources: an average is a sum until its last hop, or its last pass."""
     parts = {operator, _SUM} if operator.averages else {operator}
-    names = [kernels.name_expression(part, dtype, 2) for part in parts]
-    return [*names, kernels.weigh_expression(dtype)] if weighted else names
+    numbers = {len(step.sources) for step in plan_passes(sources, (None,)) if len(step.sources) > 1}
+    names = [kernels.name_expression(part, dtype, number) for part in parts for number in sorted(numbers)]
+    return (*names, kernels.weigh_expression(dtype)) if weighted else tuple(names)
 
 
 _SUM = next(operator for operator in OPERATORS if operator.name == "SUM")

@@ -81,19 +81,17 @@ class HostReducer:
         #: Of the half types; None where numba cannot help.
         self._weighings: dict[np.dtype[Any], Weighing | None] = {}
 
-    def is_ready(self, operator: Operator, dtype: np.dtype[Any], operands: int = 3, *, weighted: bool = False) -> bool:
-        """Whether `reduce`, and `weigh` if asked for, gain nothing by `prepare`.
-
-        Args:
-            operands: sources and destinations together. Up to three, only the half types gain.
-        """
+    def is_ready(
+        self, operator: Operator, dtype: np.dtype[Any], sources: int = 2, destinations: int = 1, *, weighted: bool = False
+    ) -> bool:
         if not self._compiles or not _numba_is_installed():
             return True
         if weighted and dtype.itemsize == 2 and dtype not in self._weighings:
             return False
-        return (operator.ufunc, dtype) in self._compiled or (operands <= 3 and dtype.itemsize != 2)
+        # Of a pair only the half types gain.
+        return (operator.ufunc, dtype) in self._compiled or (sources + destinations <= 3 and dtype.itemsize != 2)
 
-    def prepare(self, operator: Operator, dtype: np.dtype[Any], weighted: bool = False) -> None:
+    def prepare(self, operator: Operator, dtype: np.dtype[Any], sources: int = 2, *, weighted: bool = False) -> None:
         if not self._compiles or not _numba_is_installed():
             return
         key = operator.ufunc, dtype

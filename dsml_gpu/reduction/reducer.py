@@ -19,11 +19,13 @@ class Reducer(Protocol):
 
     must_be_ready: bool
 
-    def is_ready(self, operator: Operator, dtype: np.dtype[Any], *, weighted: bool = False) -> bool:
-        """Whether there is nothing to `prepare`, with the same arguments. Costs next to nothing."""
+    def is_ready(
+        self, operator: Operator, dtype: np.dtype[Any], sources: int = 2, destinations: int = 1, *, weighted: bool = False
+    ) -> bool:
+        """Whether there is nothing to `prepare`, or to gain by it, for so many. Costs next to nothing."""
 
-    def prepare(self, operator: Operator, dtype: np.dtype[Any], weighted: bool = False) -> None:
-        """Compiles what `reduce` needs for two sources. Takes up to seconds; for a thread.
+    def prepare(self, operator: Operator, dtype: np.dtype[Any], sources: int = 2, *, weighted: bool = False) -> None:
+        """Compiles what `reduce` needs for so many sources. Takes up to seconds; for a thread.
 
         Args:
             weighted: also what `weigh` needs for the type, whatever the operator.

@@ -558,14 +558,16 @@ class CommInitRequest(_message.Message):
     def __init__(self, numDevices: _Optional[int] = ..., deviceIds: _Optional[_Iterable[int]] = ..., transport: _Optional[_Union[Transport, str]] = ...) -> None: ...
 
 class CommInitResponse(_message.Message):
-    __slots__ = ("success", "commId", "devices")
+    __slots__ = ("success", "commId", "devices", "lane")
     SUCCESS_FIELD_NUMBER: _ClassVar[int]
     COMMID_FIELD_NUMBER: _ClassVar[int]
     DEVICES_FIELD_NUMBER: _ClassVar[int]
+    LANE_FIELD_NUMBER: _ClassVar[int]
     success: bool
     commId: int
     devices: _containers.RepeatedCompositeFieldContainer[DeviceMetadata]
-    def __init__(self, success: bool = ..., commId: _Optional[int] = ..., devices: _Optional[_Iterable[_Union[DeviceMetadata, _Mapping]]] = ...) -> None: ...
+    lane: str
+    def __init__(self, success: bool = ..., commId: _Optional[int] = ..., devices: _Optional[_Iterable[_Union[DeviceMetadata, _Mapping]]] = ..., lane: _Optional[str] = ...) -> None: ...
 
 class GetCommStatusRequest(_message.Message):
     __slots__ = ("commId",)

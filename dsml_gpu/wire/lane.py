@@ -8,7 +8,7 @@ The socket is in Linux's abstract namespace: it has no file and ends with its pr
 take one that is free, so both ends look whether the other one's process is of the same user. A lane that breaks is how a
 coordinator hears at once that a device server has died.
 
-A frame is a header (`_HEADER`) and a payload. A request's payload is the length of the method's name in a byte, the name,
+A frame is a header (`HEADER`) and a payload. A request's payload is the length of the method's name in a byte, the name,
 and the message; an answer's is the message, or of a refusal its name, its code and the text, with zero bytes in between.
 """
 
@@ -42,11 +42,13 @@ from dsml_gpu.wire import gpu_sim_pb2 as pb
 log = logging.getLogger(__name__)
 
 #: Length of the payload, number of the call, kind of the frame.
-_HEADER = struct.Struct("<IQB")
-_REQUEST, _ANSWER, _REFUSAL, _CANCEL = range(4)
+HEADER = struct.Struct("<IQB")
+REQUEST, ANSWER, REFUSAL, CANCEL = range(4)
 #: Frames are control messages; what is longer is no frame of ours.
-_MAX_PAYLOAD_BYTES = 64 << 20
-_METHODS = {method.name: method for method in pb.DESCRIPTOR.services_by_name["GPUDevice"].methods}
+MAX_PAYLOAD_BYTES = 64 << 20
+_METHODS = {
+    service.name: {method.name: method for method in service.methods} for service in pb.DESCRIPTOR.services_by_name.values()
+}
 #: struct ucred: pid, uid and gid.
 _CREDENTIALS = struct.Struct("3i")
 
@@ -54,6 +56,39 @@ _CREDENTIALS = struct.Struct("3i")
 def can_have_lanes() -> bool:
     """Whether the system has abstract Unix sockets."""
     return sys.platform == "linux"
+
+
+def is_of_this_user(connection: Any) -> bool:
+    """Whether the process at the other end of a Unix socket is of the same user; says so in the log where it is not."""
+    credentials = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
+    _, uid, _ = _CREDENTIALS.unpack(credentials)
+    if uid != os.getuid():
+        log.warning("a lane is refused: the other process is of user %d, not %d", uid, os.getuid())
+    return bool(uid == os.getuid())
+
+
+def request_payload(method: str, request: Any) -> bytes:
+    """What a request's frame carries. Raises MessageTooLarge."""
+    name = method.encode("ascii")
+    payload = b"".join((bytes([len(name)]), name, request.SerializeToString()))
+    if len(payload) > MAX_PAYLOAD_BYTES:
+        raise MessageTooLarge(f"{len(payload)} bytes do not fit into a frame of {MAX_PAYLOAD_BYTES}")
+    return payload
+
+
+def answer_of(service: str, method: str, payload: bytes) -> Any:
+    """The message that an answer's frame carries. Raises InternalError where it is none."""
+    output = _METHODS[service][method].output_type.name
+    try:
+        return getattr(pb, output).FromString(payload)
+    except DecodeError as error:
+        raise InternalError(f"the answer to {method} is not a {output}: {error}") from None
+
+
+def refusal_of_frame(payload: bytes) -> DsmlError:
+    """The exception that a refusal's frame carries."""
+    refusal, code, message = payload.decode("utf-8", "replace").split("\0", 2)
+    return error_from(code, message, refusal)
 
 
 class _Frames(asyncio.Protocol):
@@ -71,11 +106,8 @@ class _Frames(asyncio.Protocol):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         assert isinstance(transport, asyncio.Transport)
         self.transport = transport
-        credentials = transport.get_extra_info("socket").getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
-        _, uid, _ = _CREDENTIALS.unpack(credentials)
-        self.is_ours = uid == os.getuid()
+        self.is_ours = is_of_this_user(transport.get_extra_info("socket"))
         if not self.is_ours:
-            log.warning("a lane is refused: the other process is of user %d, not %d", uid, os.getuid())
             self.close()
 
     def data_received(self, data: bytes) -> None:
@@ -83,16 +115,16 @@ class _Frames(asyncio.Protocol):
             return
         received = self._received
         received += data
-        while len(received) >= _HEADER.size:
-            length, number, kind = _HEADER.unpack_from(received)
-            end = _HEADER.size + length
-            if length > _MAX_PAYLOAD_BYTES:
+        while len(received) >= HEADER.size:
+            length, number, kind = HEADER.unpack_from(received)
+            end = HEADER.size + length
+            if length > MAX_PAYLOAD_BYTES:
                 log.warning("a lane is closed: a frame of %d bytes is announced", length)
                 self.close()
                 return
             if len(received) < end:
                 return
-            payload = bytes(received[_HEADER.size : end])
+            payload = bytes(received[HEADER.size : end])
             del received[:end]
             self.frame(number, kind, payload)
 
@@ -103,7 +135,7 @@ class _Frames(asyncio.Protocol):
     def send(self, number: int, kind: int, payload: bytes) -> None:
         """Sends a frame; into nothing where the lane has broken."""
         if self.transport is not None and not self.transport.is_closing():
-            self.transport.write(_HEADER.pack(len(payload), number, kind) + payload)
+            self.transport.write(HEADER.pack(len(payload), number, kind) + payload)
 
     def close(self) -> None:
         if self.transport is not None:
@@ -111,17 +143,19 @@ class _Frames(asyncio.Protocol):
 
 
 class LaneServer:
-    """Serves GPUDevice on lanes.
+    """Serves one service of the contract on lanes.
 
     Args:
         servicer: as of `service.service_handler`; its methods are called with no context.
+        service: its name in the contract.
 
     Attributes:
         name: what clients connect to; empty before `start`, and where there are no lanes.
     """
 
-    def __init__(self, servicer: Any) -> None:
+    def __init__(self, servicer: Any, service: str = "GPUDevice") -> None:
         self._servicer = servicer
+        self._service = service
         self._server: asyncio.Server | None = None
         self._lanes: set[_ServerLane] = set()
         self.name = ""
@@ -132,7 +166,9 @@ class LaneServer:
             return
         name = f"dsml-{secrets.token_hex(16)}"
         loop = asyncio.get_running_loop()
-        self._server = await loop.create_unix_server(lambda: _ServerLane(self._servicer, self._lanes), f"\0{name}")
+        self._server = await loop.create_unix_server(
+            lambda: _ServerLane(self._servicer, self._service, self._lanes), f"\0{name}"
+        )
         self.name = name
 
     async def stop(self, drain_s: float = 0.0) -> None:
@@ -153,9 +189,10 @@ class LaneServer:
 class _ServerLane(_Frames):
     """One client's lane."""
 
-    def __init__(self, servicer: Any, lanes: set[_ServerLane]) -> None:
+    def __init__(self, servicer: Any, service: str, lanes: set[_ServerLane]) -> None:
         super().__init__()
         self._servicer = servicer
+        self._service = service
         self._lanes = lanes
         #: What runs, by number.
         self.calls: dict[int, asyncio.Task[None]] = {}
@@ -172,17 +209,17 @@ class _ServerLane(_Frames):
             call.cancel()
 
     def frame(self, number: int, kind: int, payload: bytes) -> None:
-        if kind == _CANCEL:
+        if kind == CANCEL:
             if number in self.calls:
                 self.calls[number].cancel()
-        elif kind == _REQUEST:
+        elif kind == REQUEST:
             task = asyncio.get_running_loop().create_task(self._serve(number, payload))
             self.calls[number] = task
             task.add_done_callback(lambda _: self.calls.pop(number, None))
 
     async def _serve(self, number: int, payload: bytes) -> None:
         try:
-            self.send(number, _ANSWER, (await self._answer(payload)).SerializeToString())
+            self.send(number, ANSWER, (await self._answer(payload)).SerializeToString())
         except DsmlError as error:
             self._refuse(number, error)
         except asyncio.CancelledError:
@@ -197,9 +234,9 @@ class _ServerLane(_Frames):
         if self.stops:
             raise Unavailable("the server stops")
         name = payload[1 : 1 + payload[0]].decode("ascii", "replace") if payload else ""
-        method = _METHODS.get(name)
+        method = _METHODS[self._service].get(name)
         if method is None or method.client_streaming or method.server_streaming:
-            raise MalformedMessage(f"{name!r} is no unary method of GPUDevice")
+            raise MalformedMessage(f"{name!r} is no unary method of {self._service}")
         try:
             request = getattr(pb, method.input_type.name).FromString(payload[1 + payload[0] :])
         except DecodeError as error:
@@ -207,11 +244,11 @@ class _ServerLane(_Frames):
         return await getattr(self._servicer, name)(request, None)
 
     def _refuse(self, number: int, error: DsmlError) -> None:
-        self.send(number, _REFUSAL, b"\0".join((error.refusal.encode(), error.code.encode(), str(error).encode())))
+        self.send(number, REFUSAL, b"\0".join((error.refusal.encode(), error.code.encode(), str(error).encode())))
 
 
 class Lane(_Frames):
-    """The client's end. Made by `open_lane`."""
+    """The end of a client of GPUDevice that lives in an event loop. Made by `open_lane`; `blocking_lane` has another one."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -232,29 +269,22 @@ class Lane(_Frames):
         """
         if not self.is_open:
             raise Unavailable("the lane is closed")
-        name = method.encode("ascii")
-        payload = b"".join((bytes([len(name)]), name, request.SerializeToString()))
-        if len(payload) > _MAX_PAYLOAD_BYTES:
-            raise MessageTooLarge(f"{len(payload)} bytes do not fit into a frame of {_MAX_PAYLOAD_BYTES}")
+        payload = request_payload(method, request)
         loop = asyncio.get_running_loop()
         number = next(self._numbers)
         answer = self._waiting[number] = loop.create_future()
         expiry = None if timeout_s is None else loop.call_later(timeout_s, self._expire, answer)
-        self.send(number, _REQUEST, payload)
+        self.send(number, REQUEST, payload)
         try:
             payload = await answer
         except BaseException:
-            self.send(number, _CANCEL, b"")
+            self.send(number, CANCEL, b"")
             raise
         finally:
             del self._waiting[number]
             if expiry is not None:
                 expiry.cancel()
-        output = _METHODS[method].output_type.name
-        try:
-            return getattr(pb, output).FromString(payload)
-        except DecodeError as error:
-            raise InternalError(f"the answer to {method} is not a {output}: {error}") from None
+        return answer_of("GPUDevice", method, payload)
 
     @staticmethod
     def _expire(answer: asyncio.Future[bytes]) -> None:
@@ -265,11 +295,10 @@ class Lane(_Frames):
         answer = self._waiting.get(number)
         if answer is None or answer.done():  # given up meanwhile
             return
-        if kind == _ANSWER:
+        if kind == ANSWER:
             answer.set_result(payload)
-        elif kind == _REFUSAL:
-            refusal, code, message = payload.decode("utf-8", "replace").split("\0", 2)
-            answer.set_exception(error_from(code, message, refusal))
+        elif kind == REFUSAL:
+            answer.set_exception(refusal_of_frame(payload))
 
     def connection_lost(self, exc: Exception | None) -> None:
         for answer in self._waiting.values():

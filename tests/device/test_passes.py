@@ -41,6 +41,12 @@ U8, F64 = DTYPES["UINT8"], DTYPES["FLOAT64"]
 COMM = 7
 
 
+@pytest.fixture(autouse=True)
+def large_ones_have_a_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is large here."""
+    monkeypatch.setattr(passes, "_INLINE_BYTES", MIB)
+
+
 def in_event_loop(test: Callable[..., Coroutine[Any, Any, None]]) -> Callable[..., None]:
     @wraps(test)
     def run(*arguments: Any, **named: Any) -> None:

@@ -25,10 +25,12 @@ class SlowReducer:
         self.prepared = 0
         self.ready = False
 
-    def is_ready(self, operator: Operator, dtype: np.dtype[Any], *, weighted: bool = False) -> bool:
+    def is_ready(
+        self, operator: Operator, dtype: np.dtype[Any], sources: int = 2, destinations: int = 1, *, weighted: bool = False
+    ) -> bool:
         return self.ready
 
-    def prepare(self, operator: Operator, dtype: np.dtype[Any], weighted: bool = False) -> None:
+    def prepare(self, operator: Operator, dtype: np.dtype[Any], sources: int = 2, *, weighted: bool = False) -> None:
         assert threading.current_thread() is not threading.main_thread()
         self.prepared += 1
         assert self.may_end.wait(10)

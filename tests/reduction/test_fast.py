@@ -56,8 +56,8 @@ assert "numba" in sys.modules
 def test_ready_is_what_gains_nothing() -> None:
     reducer = HostReducer()
     assert {name for name, dtype in DTYPES.items() if not reducer.is_ready(SUM, dtype)} == {"FLOAT16", "BFLOAT16"}
-    assert not any(reducer.is_ready(SUM, dtype, operands=8) for dtype in DTYPES.values())
-    assert all(HostReducer(compiles=False).is_ready(SUM, dtype, operands=8) for dtype in DTYPES.values())
+    assert not any(reducer.is_ready(SUM, dtype, sources=4, destinations=4) for dtype in DTYPES.values())
+    assert all(HostReducer(compiles=False).is_ready(SUM, dtype, sources=4, destinations=4) for dtype in DTYPES.values())
     reducer.prepare(SUM, BFLOAT16)
     assert reducer.is_ready(SUM, BFLOAT16)
     assert reducer.is_ready(AVG, BFLOAT16), "the same loop"

@@ -477,7 +477,7 @@ def test_threads_do_not_share_scratch() -> None:
 def test_without_numba_all_is_ready(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(host, "_numba_is_installed", lambda: False)
     reducer = HostReducer()
-    assert reducer.is_ready(BY_NAME["SUM"], DTYPES["BFLOAT16"], operands=8)
+    assert reducer.is_ready(BY_NAME["SUM"], DTYPES["BFLOAT16"], sources=4, destinations=4)
     reducer.prepare(BY_NAME["SUM"], DTYPES["BFLOAT16"])
     reduce_and_check(reducer, "SUM", "BFLOAT16", 2, [0])
 
