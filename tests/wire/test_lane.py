@@ -284,7 +284,7 @@ async def test_a_frame_that_is_too_large_closes_the_lane(caplog: pytest.LogCaptu
 
 @in_event_loop
 async def test_a_request_that_is_too_large_is_not_sent(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(lanes, "_MAX_PAYLOAD_BYTES", 1000)
+    monkeypatch.setattr(lanes, "MAX_PAYLOAD_BYTES", 1000)
     async with served() as (servicer, server), lane_to(server) as lane:
         with pytest.raises(MessageTooLarge, match=r"10\d\d bytes do not fit into a frame of 1000"):
             await lane.call("Execute", pb.ExecuteRequest(passes=[pb.Pass(weights=[1.0] * 125)]), LIMIT_S)
