@@ -65,13 +65,14 @@ def write(work: Path, folder: Path) -> None:
     """Writes the JSON file and the text table, named by date and GPU.
 
     Args:
-        work: has tests.xml and kernels.json, as far as pytest came.
+        work: has tests.xml, kernels.json and all_reduce.json, as far as they came.
         folder: takes the two files.
     """
     report: dict[str, Any] = {
         "machine": machine(),
         "tests": tests(work / "tests.xml"),
         "kernels": kernels(work / "kernels.json"),
+        "all_reduce": all_reduces(work / "all_reduce.json"),
     }
     table = as_text(report)
     name = re.sub(r"[^a-z0-9]+", "-", f"{report['machine']['date']}-{report['machine']['gpu']}".lower())
@@ -139,6 +140,12 @@ def kernels(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
+def all_reduces(path: Path) -> list[dict[str, Any]]:
+    """The rows of benchmarks/gpu_all_reduce.py."""
+    rows: list[dict[str, Any]] = json.loads(path.read_text()) if path.exists() else []
+    return rows
+
+
 def as_text(report: dict[str, Any]) -> str:
     """The table."""
     about = report["machine"]
@@ -166,6 +173,10 @@ def as_text(report: dict[str, Any]) -> str:
             f"{row['op']:5}{row['dtype'].lower():10}{row['sources']:>3}{row['destinations']:>4}{speeds['kernel']:>9.0f}"
             f"{speeds['copy']:>9.0f}{additions:>11}{row['kernel_to_copy']:>9.2f}{target:>8}"
         )
+    lines += ["", "all-reduce of 256 MB float32 on 4 devices of the GPU: the bare kernel, and a client's call"]
+    for row in report["all_reduce"]:
+        ratio = f"{row['to_kernel']:9.2f} times the kernel, target {row['allowed']:.2f}" if "to_kernel" in row else ""
+        lines.append(f"{row['what']:<12}{row['median_ms']:9.3f} ms{ratio}")
     return "\n".join(lines) + "\n"
 
 

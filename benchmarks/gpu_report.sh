@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# The proof on a GPU: all tests that need one, then the speed of the kernels. Writes one JSON file and one text table.
+# The proof on a GPU: all tests that need one, then the speed of the kernels, and of all-reduces against the kernel. Writes
+# one JSON file and one text table.
 #
 #   benchmarks/gpu_report.sh [FOLDER]      default: benchmarks/results
 #
@@ -21,5 +22,6 @@ status=0
 timeout 300 "$python" -m dsml_gpu kernels build --gpu 0
 pytest tests/gpu -m gpu -q --junitxml="$work/tests.xml" || status=$?
 pytest benchmarks/test_kernels.py -m gpu -q --benchmark-json="$work/kernels.json" || status=$?
+"$python" benchmarks/gpu_all_reduce.py --json "$work/all_reduce.json" || status=$?
 "$python" benchmarks/gpu_report.py write "$work" "$folder"
 exit $status

@@ -26,8 +26,8 @@ from dsml_gpu.reduction import Operator
 
 log = logging.getLogger(__name__)
 
-#: Bytes of one operand that are done in one piece, after which a pass can be given up: some 10 ms.
-_PIECE_BYTES = 16 << 20
+#: Bytes that are read and written in one piece, after which a pass can be given up: some 10 ms.
+_PIECE_BYTES = 64 << 20
 #: Passes that touch up to so many bytes together stop the event loop for less time than a thread would cost.
 _INLINE_BYTES = 16 << 20
 
@@ -94,10 +94,12 @@ async def _to_the_end(work: Coroutine[Any, Any, None], give_up: Callable[[], Non
 def _run_all(device: Device, passes: Sequence[Pass], given_up: threading.Event) -> None:
     for one in passes:
         length = one.sources[0].nbytes
-        for start in range(0, length, _PIECE_BYTES):
+        # Whole elements, and whole cache lines.
+        step = max(_PIECE_BYTES // (len(one.sources) + len(one.destinations)) // 64 * 64, 64)
+        for start in range(0, length, step):
             if given_up.is_set():
                 return
-            _run(device, one if length <= _PIECE_BYTES else _piece(one, slice(start, start + _PIECE_BYTES)))
+            _run(device, one if length <= step else _piece(one, slice(start, start + step)))
 
 
 def _piece(one: Pass, part: slice) -> Pass:
