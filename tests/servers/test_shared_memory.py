@@ -372,6 +372,7 @@ def _freeze_in_the_middle(world: World, comm: pb.CommInitResponse, others: Seque
         memory[:LARGE].view(F16)[...] = rank + 1
     output = slice(LARGE, 2 * LARGE)
     watched = before[2][output].view(F16)
+    watched[:] = 0
     future = world.begin(comm, LARGE, "SUM")
     started = time.monotonic()
     while not watched[0] and time.monotonic() - started < CALL_TIMEOUT_S:
@@ -444,6 +445,7 @@ def test_one_who_gives_up_an_operation_stops_it(world: World) -> None:
         for memory in memories:
             memory[:LARGE].view(F16)[...] = 1
         watched = memories[2][LARGE : 2 * LARGE].view(F16)
+        watched[0] = 0
         future = world.begin(comm, LARGE, "PROD")
         wait_until(lambda: bool(watched[0]), "the beginning of the operation")
         assert future.cancel()
