@@ -46,6 +46,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--ranks", default="2,4,8")
     parser.add_argument("--sizes", default="8B,64B,512B,4KiB,32KiB,256KiB,1MiB,4MiB,16MB,64MB")
+    parser.add_argument(
+        "--transport", default="grpc", help="default: grpc, where algorithms differ; auto takes one pass over shared memory"
+    )
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     numbers = [int(number) for number in options.ranks.split(",")]
@@ -54,7 +57,7 @@ def main() -> int:
         client.set_cost_model(fitted_model(client, Setup(fleet.address)))
         print(f"{'ranks':>5}{'size':>10}  {'auto chose':<20}{'auto':>12}  {'best':<20}{'best':>12}{'auto / best':>13}")
         for nranks in numbers:
-            with client.communicator(device_ids=first_ids(client, nranks)) as comm:
+            with client.communicator(device_ids=first_ids(client, nranks), transport=options.transport) as comm:
                 for size in options.sizes.split(","):
                     rows.append(measure(comm, parse_size(size)))
                     row = rows[-1]

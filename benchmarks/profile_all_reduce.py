@@ -100,16 +100,7 @@ def sample(processes: dict[str, int], work: partial[int], seconds: float, functi
         return
     with tempfile.TemporaryDirectory() as folder:
         files = {name: Path(folder) / f"{pid}.raw" for name, pid in processes.items()}
-        how = [
-            "--duration",
-            str(int(seconds)),
-            "--rate",
-            str(SAMPLES_PER_S),
-            "--nonblocking",
-            "--threads",
-            "--format",
-            "raw",
-        ]
+        how = ["--duration", str(int(seconds)), "--rate", str(SAMPLES_PER_S), "--nonblocking", "--threads"]
         profilers = [
             subprocess.Popen(
                 [program, "record", "--pid", str(pid), *how, "--format", "raw", "--output", str(files[name])],
@@ -123,7 +114,7 @@ def sample(processes: dict[str, int], work: partial[int], seconds: float, functi
         for profiler in profilers:
             _, complaint = profiler.communicate()
             if profiler.returncode:
-                print(f"  not sampled: {complaint.strip().splitlines()[-1]}")
+                print(f"  not sampled: {complaint.strip().splitlines()[0]}")
                 return
         for name, file in files.items():
             show(name, file.read_text(encoding="utf-8"), int(seconds) * SAMPLES_PER_S, functions)
