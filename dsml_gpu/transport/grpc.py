@@ -17,7 +17,7 @@ import grpc
 
 from dsml_gpu.errors import AmbiguousStream, DsmlError, OperationAborted, PeerUnavailable, StreamLength
 from dsml_gpu.memory.device_memory import DeviceMemory, DeviceNDArray, Download, Staged
-from dsml_gpu.transport.data_port import DataConnection, DataStream, connect, port_of
+from dsml_gpu.transport.data_stream import DataConnection, DataStream, connect, port_of
 from dsml_gpu.transport.emulation import DelayLine, DeviceLink
 from dsml_gpu.transport.incoming import Incoming, IncomingTable
 from dsml_gpu.transport.queue import ClosableQueue

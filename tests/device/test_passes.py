@@ -166,7 +166,7 @@ class GatedReducer:
 
 def large_pass(monkeypatch: pytest.MonkeyPatch, reducer: GatedReducer) -> tuple[Device, Pass]:
     """Of 64 pieces."""
-    monkeypatch.setattr(passes, "_PIECE_BYTES", 64 * KIB)
+    monkeypatch.setattr(passes, "_PIECE_BYTES", 3 * 64 * KIB)  # of each of three operands 64 KiB
     device, (one, two, target) = device_with(*(np.ones(4 * MIB // 8) for _ in range(3)))
     monkeypatch.setattr(device, "_reducer", reducer)
     return device, Pass(F64, OPERATOR["SUM"], (one, two), (target,))

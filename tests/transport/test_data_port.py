@@ -16,7 +16,8 @@ import pytest
 from dsml_gpu.device.service import DeviceService, TransferSettings
 from dsml_gpu.errors import DsmlError, PeerUnavailable
 from dsml_gpu.memory.host import HostMemory
-from dsml_gpu.transport.data_port import ALTERNATIVE_KEY, DataStream, port_of, prefix_of
+from dsml_gpu.transport.data_port import ALTERNATIVE_KEY, prefix_of
+from dsml_gpu.transport.data_stream import DataStream, port_of
 from dsml_gpu.transport.emulation import DeviceLink, LinkSettings
 from dsml_gpu.transport.grpc import ChannelPool, GrpcRecvLink, GrpcSendLink
 from dsml_gpu.transport.incoming import IncomingTable
