@@ -83,6 +83,12 @@ class AllocationNotFound(NotFound):
     refusal = "ALLOCATION_NOT_FOUND"
 
 
+class CheckpointNotFound(NotFound):
+    """There is no complete checkpoint under a URL."""
+
+    refusal = "CHECKPOINT_NOT_FOUND"
+
+
 class AddressOutOfRange(DsmlError, IndexError):
     code = "OUT_OF_RANGE"
     refusal = "ADDRESS_OUT_OF_RANGE"
@@ -104,6 +110,18 @@ class CommNotReady(FailedPrecondition):
 
 class MemoryNotShared(FailedPrecondition):
     refusal = "MEMORY_NOT_SHARED"
+
+
+class StaleEpoch(FailedPrecondition):
+    """A request for another epoch of a communicator than the device is in."""
+
+    refusal = "STALE_EPOCH"
+
+
+class RanksLost(FailedPrecondition):
+    """What cannot be done without the ranks that a communicator has lost."""
+
+    refusal = "RANKS_LOST"
 
 
 class AmbiguousStream(FailedPrecondition):
@@ -147,6 +165,12 @@ class PeerUnavailable(Unavailable):
     refusal = "PEER_UNAVAILABLE"
 
 
+class StorageUnavailable(Unavailable):
+    """Files of a checkpoint cannot be written or read."""
+
+    refusal = "STORAGE_UNAVAILABLE"
+
+
 class OperationTimeout(DsmlError, TimeoutError):
     code = "DEADLINE_EXCEEDED"
     refusal = "OPERATION_TIMEOUT"
@@ -170,6 +194,13 @@ class OperationAborted(DsmlError):
 class StreamLength(DsmlError):
     code = "DATA_LOSS"
     refusal = "STREAM_LENGTH"
+
+
+class CheckpointDamaged(DsmlError):
+    """A file of a checkpoint is not what was written; the message names it and the place."""
+
+    code = "DATA_LOSS"
+    refusal = "CHECKPOINT_DAMAGED"
 
 
 def _classes(cls: type[DsmlError]) -> list[type[DsmlError]]:

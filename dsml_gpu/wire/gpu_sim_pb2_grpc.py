@@ -67,6 +67,21 @@ class GPUDeviceStub(object):
                 request_serializer=dsml__gpu_dot_wire_dot_gpu__sim__pb2.QuiesceRequest.SerializeToString,
                 response_deserializer=dsml__gpu_dot_wire_dot_gpu__sim__pb2.QuiesceResponse.FromString,
                 )
+        self.Heartbeat = channel.unary_stream(
+                '/gpu_sim.GPUDevice/Heartbeat',
+                request_serializer=dsml__gpu_dot_wire_dot_gpu__sim__pb2.HeartbeatRequest.SerializeToString,
+                response_deserializer=dsml__gpu_dot_wire_dot_gpu__sim__pb2.HeartbeatResponse.FromString,
+                )
+        self.SaveShard = channel.unary_stream(
+                '/gpu_sim.GPUDevice/SaveShard',
+                request_serializer=dsml__gpu_dot_wire_dot_gpu__sim__pb2.SaveShardRequest.SerializeToString,
+                response_deserializer=dsml__gpu_dot_wire_dot_gpu__sim__pb2.SaveShardResponse.FromString,
+                )
+        self.LoadShard = channel.unary_unary(
+                '/gpu_sim.GPUDevice/LoadShard',
+                request_serializer=dsml__gpu_dot_wire_dot_gpu__sim__pb2.LoadShardRequest.SerializeToString,
+                response_deserializer=dsml__gpu_dot_wire_dot_gpu__sim__pb2.LoadShardResponse.FromString,
+                )
         self.Malloc = channel.unary_unary(
                 '/gpu_sim.GPUDevice/Malloc',
                 request_serializer=dsml__gpu_dot_wire_dot_gpu__sim__pb2.MallocRequest.SerializeToString,
@@ -172,7 +187,33 @@ class GPUDeviceServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def Quiesce(self, request, context):
-        """Answers when no Execute of the communicator runs here any more; those that do are aborted. Idempotent.
+        """Answers when no Execute of the communicator runs here any more; those that do are aborted, and tell what they waited
+        for. Also settles what an atomic round did to this device's memory. Idempotent.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Heartbeat(self, request, context):
+        """A sign of life every `intervalMs`, from the thread that does the devices' work, until the caller ends the call.
+        Errors: INVALID_ARGUMENT (an interval of 0).
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def SaveShard(self, request, context):
+        """Writes ranges of device memory to a file of a checkpoint. They are copied first: the first answer says that the memory
+        may change again. Later ones tell how far the file is; the last one has its size and digests.
+        Errors: OUT_OF_RANGE, RESOURCE_EXHAUSTED (no memory for the copy), UNAVAILABLE (the file cannot be written).
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def LoadShard(self, request, context):
+        """Reads ranges of device memory from a file of a checkpoint. All of it is checked before any memory changes.
+        Errors: OUT_OF_RANGE, NOT_FOUND (no such file), DATA_LOSS (it is not what was written; names file and offset).
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -258,6 +299,21 @@ def add_GPUDeviceServicer_to_server(servicer, server):
                     servicer.Quiesce,
                     request_deserializer=dsml__gpu_dot_wire_dot_gpu__sim__pb2.QuiesceRequest.FromString,
                     response_serializer=dsml__gpu_dot_wire_dot_gpu__sim__pb2.QuiesceResponse.SerializeToString,
+            ),
+            'Heartbeat': grpc.unary_stream_rpc_method_handler(
+                    servicer.Heartbeat,
+                    request_deserializer=dsml__gpu_dot_wire_dot_gpu__sim__pb2.HeartbeatRequest.FromString,
+                    response_serializer=dsml__gpu_dot_wire_dot_gpu__sim__pb2.HeartbeatResponse.SerializeToString,
+            ),
+            'SaveShard': grpc.unary_stream_rpc_method_handler(
+                    servicer.SaveShard,
+                    request_deserializer=dsml__gpu_dot_wire_dot_gpu__sim__pb2.SaveShardRequest.FromString,
+                    response_serializer=dsml__gpu_dot_wire_dot_gpu__sim__pb2.SaveShardResponse.SerializeToString,
+            ),
+            'LoadShard': grpc.unary_unary_rpc_method_handler(
+                    servicer.LoadShard,
+                    request_deserializer=dsml__gpu_dot_wire_dot_gpu__sim__pb2.LoadShardRequest.FromString,
+                    response_serializer=dsml__gpu_dot_wire_dot_gpu__sim__pb2.LoadShardResponse.SerializeToString,
             ),
             'Malloc': grpc.unary_unary_rpc_method_handler(
                     servicer.Malloc,
@@ -463,6 +519,57 @@ class GPUDevice(object):
             insecure, call_credentials, compression, wait_for_ready, timeout, metadata)
 
     @staticmethod
+    def Heartbeat(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(request, target, '/gpu_sim.GPUDevice/Heartbeat',
+            dsml__gpu_dot_wire_dot_gpu__sim__pb2.HeartbeatRequest.SerializeToString,
+            dsml__gpu_dot_wire_dot_gpu__sim__pb2.HeartbeatResponse.FromString,
+            options, channel_credentials,
+            insecure, call_credentials, compression, wait_for_ready, timeout, metadata)
+
+    @staticmethod
+    def SaveShard(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(request, target, '/gpu_sim.GPUDevice/SaveShard',
+            dsml__gpu_dot_wire_dot_gpu__sim__pb2.SaveShardRequest.SerializeToString,
+            dsml__gpu_dot_wire_dot_gpu__sim__pb2.SaveShardResponse.FromString,
+            options, channel_credentials,
+            insecure, call_credentials, compression, wait_for_ready, timeout, metadata)
+
+    @staticmethod
+    def LoadShard(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(request, target, '/gpu_sim.GPUDevice/LoadShard',
+            dsml__gpu_dot_wire_dot_gpu__sim__pb2.LoadShardRequest.SerializeToString,
+            dsml__gpu_dot_wire_dot_gpu__sim__pb2.LoadShardResponse.FromString,
+            options, channel_credentials,
+            insecure, call_credentials, compression, wait_for_ready, timeout, metadata)
+
+    @staticmethod
     def Malloc(request,
             target,
             options=(),
@@ -626,6 +733,31 @@ class GPUCoordinatorStub(object):
                 request_serializer=dsml__gpu_dot_wire_dot_gpu__sim__pb2.StreamDeviceToHostRequest.SerializeToString,
                 response_deserializer=dsml__gpu_dot_wire_dot_gpu__sim__pb2.DataChunk.FromString,
                 )
+        self.CommGrow = channel.unary_unary(
+                '/gpu_sim.GPUCoordinator/CommGrow',
+                request_serializer=dsml__gpu_dot_wire_dot_gpu__sim__pb2.CommGrowRequest.SerializeToString,
+                response_deserializer=dsml__gpu_dot_wire_dot_gpu__sim__pb2.CommGrowResponse.FromString,
+                )
+        self.RegisterDevices = channel.unary_stream(
+                '/gpu_sim.GPUCoordinator/RegisterDevices',
+                request_serializer=dsml__gpu_dot_wire_dot_gpu__sim__pb2.RegisterDevicesRequest.SerializeToString,
+                response_deserializer=dsml__gpu_dot_wire_dot_gpu__sim__pb2.RegisterDevicesResponse.FromString,
+                )
+        self.UnregisterDevices = channel.unary_unary(
+                '/gpu_sim.GPUCoordinator/UnregisterDevices',
+                request_serializer=dsml__gpu_dot_wire_dot_gpu__sim__pb2.UnregisterDevicesRequest.SerializeToString,
+                response_deserializer=dsml__gpu_dot_wire_dot_gpu__sim__pb2.UnregisterDevicesResponse.FromString,
+                )
+        self.Checkpoint = channel.unary_stream(
+                '/gpu_sim.GPUCoordinator/Checkpoint',
+                request_serializer=dsml__gpu_dot_wire_dot_gpu__sim__pb2.CheckpointRequest.SerializeToString,
+                response_deserializer=dsml__gpu_dot_wire_dot_gpu__sim__pb2.CheckpointProgress.FromString,
+                )
+        self.Restore = channel.unary_unary(
+                '/gpu_sim.GPUCoordinator/Restore',
+                request_serializer=dsml__gpu_dot_wire_dot_gpu__sim__pb2.RestoreRequest.SerializeToString,
+                response_deserializer=dsml__gpu_dot_wire_dot_gpu__sim__pb2.RestoreResponse.FromString,
+                )
         self.HoldMemory = channel.unary_stream(
                 '/gpu_sim.GPUCoordinator/HoldMemory',
                 request_serializer=dsml__gpu_dot_wire_dot_gpu__sim__pb2.HoldMemoryRequest.SerializeToString,
@@ -772,6 +904,50 @@ class GPUCoordinatorServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def CommGrow(self, request, context):
+        """Takes more devices into a communicator, between two operations: they get the ranks behind the last one. They belong to
+        it as if CommInit had named them. Errors: as CommInit; NOT_FOUND (comm), FAILED_PRECONDITION (a group is open).
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def RegisterDevices(self, request, context):
+        """A device server makes its devices known, for the next CommInit or CommGrow. The coordinator answers once it has reached
+        the server at the address, and keeps the call open: when it ends, the coordinator has, and the server registers anew.
+        Errors: UNAVAILABLE (the coordinator cannot reach the address), INVALID_ARGUMENT (device ids are taken).
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def UnregisterDevices(self, request, context):
+        """The devices of a server leave: no communicator takes them any more, and each that has one goes on without it after
+        its running operation. Answers when that is done. Idempotent. Errors: NOT_FOUND (the address was never registered).
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Checkpoint(self, request, context):
+        """Writes arrays of all ranks to a checkpoint, as they are after all that was issued earlier on the devices. Later
+        operations go on as soon as the devices have copied the arrays; the answers tell how far the files are, and the last
+        one comes when the checkpoint is complete. Until then there is none under that URL, or the one before.
+        Errors: NOT_FOUND (comm), INVALID_ARGUMENT, OUT_OF_RANGE, UNAVAILABLE (a device is gone, a file cannot be written).
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Restore(self, request, context):
+        """Reads arrays of a complete checkpoint to where the request says, on any number of ranks. All files are checked before
+        any memory changes. Errors: NOT_FOUND (no complete checkpoint), DATA_LOSS (it is damaged; names file and offset),
+        INVALID_ARGUMENT (types or sizes do not fit).
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def HoldMemory(self, request, context):
         """Memcpy by the caller itself, for one that is on the device's host: answers with where the device's memory can be opened
         when all that was issued earlier on the device is done, and keeps what comes later waiting until the caller cancels the
@@ -869,6 +1045,31 @@ def add_GPUCoordinatorServicer_to_server(servicer, server):
                     servicer.StreamDeviceToHost,
                     request_deserializer=dsml__gpu_dot_wire_dot_gpu__sim__pb2.StreamDeviceToHostRequest.FromString,
                     response_serializer=dsml__gpu_dot_wire_dot_gpu__sim__pb2.DataChunk.SerializeToString,
+            ),
+            'CommGrow': grpc.unary_unary_rpc_method_handler(
+                    servicer.CommGrow,
+                    request_deserializer=dsml__gpu_dot_wire_dot_gpu__sim__pb2.CommGrowRequest.FromString,
+                    response_serializer=dsml__gpu_dot_wire_dot_gpu__sim__pb2.CommGrowResponse.SerializeToString,
+            ),
+            'RegisterDevices': grpc.unary_stream_rpc_method_handler(
+                    servicer.RegisterDevices,
+                    request_deserializer=dsml__gpu_dot_wire_dot_gpu__sim__pb2.RegisterDevicesRequest.FromString,
+                    response_serializer=dsml__gpu_dot_wire_dot_gpu__sim__pb2.RegisterDevicesResponse.SerializeToString,
+            ),
+            'UnregisterDevices': grpc.unary_unary_rpc_method_handler(
+                    servicer.UnregisterDevices,
+                    request_deserializer=dsml__gpu_dot_wire_dot_gpu__sim__pb2.UnregisterDevicesRequest.FromString,
+                    response_serializer=dsml__gpu_dot_wire_dot_gpu__sim__pb2.UnregisterDevicesResponse.SerializeToString,
+            ),
+            'Checkpoint': grpc.unary_stream_rpc_method_handler(
+                    servicer.Checkpoint,
+                    request_deserializer=dsml__gpu_dot_wire_dot_gpu__sim__pb2.CheckpointRequest.FromString,
+                    response_serializer=dsml__gpu_dot_wire_dot_gpu__sim__pb2.CheckpointProgress.SerializeToString,
+            ),
+            'Restore': grpc.unary_unary_rpc_method_handler(
+                    servicer.Restore,
+                    request_deserializer=dsml__gpu_dot_wire_dot_gpu__sim__pb2.RestoreRequest.FromString,
+                    response_serializer=dsml__gpu_dot_wire_dot_gpu__sim__pb2.RestoreResponse.SerializeToString,
             ),
             'HoldMemory': grpc.unary_stream_rpc_method_handler(
                     servicer.HoldMemory,
@@ -1172,6 +1373,91 @@ class GPUCoordinator(object):
         return grpc.experimental.unary_stream(request, target, '/gpu_sim.GPUCoordinator/StreamDeviceToHost',
             dsml__gpu_dot_wire_dot_gpu__sim__pb2.StreamDeviceToHostRequest.SerializeToString,
             dsml__gpu_dot_wire_dot_gpu__sim__pb2.DataChunk.FromString,
+            options, channel_credentials,
+            insecure, call_credentials, compression, wait_for_ready, timeout, metadata)
+
+    @staticmethod
+    def CommGrow(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(request, target, '/gpu_sim.GPUCoordinator/CommGrow',
+            dsml__gpu_dot_wire_dot_gpu__sim__pb2.CommGrowRequest.SerializeToString,
+            dsml__gpu_dot_wire_dot_gpu__sim__pb2.CommGrowResponse.FromString,
+            options, channel_credentials,
+            insecure, call_credentials, compression, wait_for_ready, timeout, metadata)
+
+    @staticmethod
+    def RegisterDevices(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(request, target, '/gpu_sim.GPUCoordinator/RegisterDevices',
+            dsml__gpu_dot_wire_dot_gpu__sim__pb2.RegisterDevicesRequest.SerializeToString,
+            dsml__gpu_dot_wire_dot_gpu__sim__pb2.RegisterDevicesResponse.FromString,
+            options, channel_credentials,
+            insecure, call_credentials, compression, wait_for_ready, timeout, metadata)
+
+    @staticmethod
+    def UnregisterDevices(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(request, target, '/gpu_sim.GPUCoordinator/UnregisterDevices',
+            dsml__gpu_dot_wire_dot_gpu__sim__pb2.UnregisterDevicesRequest.SerializeToString,
+            dsml__gpu_dot_wire_dot_gpu__sim__pb2.UnregisterDevicesResponse.FromString,
+            options, channel_credentials,
+            insecure, call_credentials, compression, wait_for_ready, timeout, metadata)
+
+    @staticmethod
+    def Checkpoint(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(request, target, '/gpu_sim.GPUCoordinator/Checkpoint',
+            dsml__gpu_dot_wire_dot_gpu__sim__pb2.CheckpointRequest.SerializeToString,
+            dsml__gpu_dot_wire_dot_gpu__sim__pb2.CheckpointProgress.FromString,
+            options, channel_credentials,
+            insecure, call_credentials, compression, wait_for_ready, timeout, metadata)
+
+    @staticmethod
+    def Restore(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(request, target, '/gpu_sim.GPUCoordinator/Restore',
+            dsml__gpu_dot_wire_dot_gpu__sim__pb2.RestoreRequest.SerializeToString,
+            dsml__gpu_dot_wire_dot_gpu__sim__pb2.RestoreResponse.FromString,
             options, channel_credentials,
             insecure, call_credentials, compression, wait_for_ready, timeout, metadata)
 

@@ -114,7 +114,34 @@ class GPUDeviceStub:
         dsml_gpu.wire.gpu_sim_pb2.QuiesceRequest,
         dsml_gpu.wire.gpu_sim_pb2.QuiesceResponse,
     ]
-    """Answers when no Execute of the communicator runs here any more; those that do are aborted. Idempotent."""
+    """Answers when no Execute of the communicator runs here any more; those that do are aborted, and tell what they waited
+    for. Also settles what an atomic round did to this device's memory. Idempotent.
+    """
+
+    Heartbeat: grpc.UnaryStreamMultiCallable[
+        dsml_gpu.wire.gpu_sim_pb2.HeartbeatRequest,
+        dsml_gpu.wire.gpu_sim_pb2.HeartbeatResponse,
+    ]
+    """A sign of life every `intervalMs`, from the thread that does the devices' work, until the caller ends the call.
+    Errors: INVALID_ARGUMENT (an interval of 0).
+    """
+
+    SaveShard: grpc.UnaryStreamMultiCallable[
+        dsml_gpu.wire.gpu_sim_pb2.SaveShardRequest,
+        dsml_gpu.wire.gpu_sim_pb2.SaveShardResponse,
+    ]
+    """Writes ranges of device memory to a file of a checkpoint. They are copied first: the first answer says that the memory
+    may change again. Later ones tell how far the file is; the last one has its size and digests.
+    Errors: OUT_OF_RANGE, RESOURCE_EXHAUSTED (no memory for the copy), UNAVAILABLE (the file cannot be written).
+    """
+
+    LoadShard: grpc.UnaryUnaryMultiCallable[
+        dsml_gpu.wire.gpu_sim_pb2.LoadShardRequest,
+        dsml_gpu.wire.gpu_sim_pb2.LoadShardResponse,
+    ]
+    """Reads ranges of device memory from a file of a checkpoint. All of it is checked before any memory changes.
+    Errors: OUT_OF_RANGE, NOT_FOUND (no such file), DATA_LOSS (it is not what was written; names file and offset).
+    """
 
     Malloc: grpc.UnaryUnaryMultiCallable[
         dsml_gpu.wire.gpu_sim_pb2.MallocRequest,
@@ -225,7 +252,34 @@ class GPUDeviceAsyncStub:
         dsml_gpu.wire.gpu_sim_pb2.QuiesceRequest,
         dsml_gpu.wire.gpu_sim_pb2.QuiesceResponse,
     ]
-    """Answers when no Execute of the communicator runs here any more; those that do are aborted. Idempotent."""
+    """Answers when no Execute of the communicator runs here any more; those that do are aborted, and tell what they waited
+    for. Also settles what an atomic round did to this device's memory. Idempotent.
+    """
+
+    Heartbeat: grpc.aio.UnaryStreamMultiCallable[
+        dsml_gpu.wire.gpu_sim_pb2.HeartbeatRequest,
+        dsml_gpu.wire.gpu_sim_pb2.HeartbeatResponse,
+    ]
+    """A sign of life every `intervalMs`, from the thread that does the devices' work, until the caller ends the call.
+    Errors: INVALID_ARGUMENT (an interval of 0).
+    """
+
+    SaveShard: grpc.aio.UnaryStreamMultiCallable[
+        dsml_gpu.wire.gpu_sim_pb2.SaveShardRequest,
+        dsml_gpu.wire.gpu_sim_pb2.SaveShardResponse,
+    ]
+    """Writes ranges of device memory to a file of a checkpoint. They are copied first: the first answer says that the memory
+    may change again. Later ones tell how far the file is; the last one has its size and digests.
+    Errors: OUT_OF_RANGE, RESOURCE_EXHAUSTED (no memory for the copy), UNAVAILABLE (the file cannot be written).
+    """
+
+    LoadShard: grpc.aio.UnaryUnaryMultiCallable[
+        dsml_gpu.wire.gpu_sim_pb2.LoadShardRequest,
+        dsml_gpu.wire.gpu_sim_pb2.LoadShardResponse,
+    ]
+    """Reads ranges of device memory from a file of a checkpoint. All of it is checked before any memory changes.
+    Errors: OUT_OF_RANGE, NOT_FOUND (no such file), DATA_LOSS (it is not what was written; names file and offset).
+    """
 
     Malloc: grpc.aio.UnaryUnaryMultiCallable[
         dsml_gpu.wire.gpu_sim_pb2.MallocRequest,
@@ -356,7 +410,40 @@ class GPUDeviceServicer(metaclass=abc.ABCMeta):
         request: dsml_gpu.wire.gpu_sim_pb2.QuiesceRequest,
         context: _ServicerContext,
     ) -> typing.Union[dsml_gpu.wire.gpu_sim_pb2.QuiesceResponse, collections.abc.Awaitable[dsml_gpu.wire.gpu_sim_pb2.QuiesceResponse]]:
-        """Answers when no Execute of the communicator runs here any more; those that do are aborted. Idempotent."""
+        """Answers when no Execute of the communicator runs here any more; those that do are aborted, and tell what they waited
+        for. Also settles what an atomic round did to this device's memory. Idempotent.
+        """
+
+    @abc.abstractmethod
+    def Heartbeat(
+        self,
+        request: dsml_gpu.wire.gpu_sim_pb2.HeartbeatRequest,
+        context: _ServicerContext,
+    ) -> typing.Union[collections.abc.Iterator[dsml_gpu.wire.gpu_sim_pb2.HeartbeatResponse], collections.abc.AsyncIterator[dsml_gpu.wire.gpu_sim_pb2.HeartbeatResponse]]:
+        """A sign of life every `intervalMs`, from the thread that does the devices' work, until the caller ends the call.
+        Errors: INVALID_ARGUMENT (an interval of 0).
+        """
+
+    @abc.abstractmethod
+    def SaveShard(
+        self,
+        request: dsml_gpu.wire.gpu_sim_pb2.SaveShardRequest,
+        context: _ServicerContext,
+    ) -> typing.Union[collections.abc.Iterator[dsml_gpu.wire.gpu_sim_pb2.SaveShardResponse], collections.abc.AsyncIterator[dsml_gpu.wire.gpu_sim_pb2.SaveShardResponse]]:
+        """Writes ranges of device memory to a file of a checkpoint. They are copied first: the first answer says that the memory
+        may change again. Later ones tell how far the file is; the last one has its size and digests.
+        Errors: OUT_OF_RANGE, RESOURCE_EXHAUSTED (no memory for the copy), UNAVAILABLE (the file cannot be written).
+        """
+
+    @abc.abstractmethod
+    def LoadShard(
+        self,
+        request: dsml_gpu.wire.gpu_sim_pb2.LoadShardRequest,
+        context: _ServicerContext,
+    ) -> typing.Union[dsml_gpu.wire.gpu_sim_pb2.LoadShardResponse, collections.abc.Awaitable[dsml_gpu.wire.gpu_sim_pb2.LoadShardResponse]]:
+        """Reads ranges of device memory from a file of a checkpoint. All of it is checked before any memory changes.
+        Errors: OUT_OF_RANGE, NOT_FOUND (no such file), DATA_LOSS (it is not what was written; names file and offset).
+        """
 
     @abc.abstractmethod
     def Malloc(
@@ -524,6 +611,50 @@ class GPUCoordinatorStub:
     ]
     """Memcpy to the host as a stream, any size; same order and errors."""
 
+    CommGrow: grpc.UnaryUnaryMultiCallable[
+        dsml_gpu.wire.gpu_sim_pb2.CommGrowRequest,
+        dsml_gpu.wire.gpu_sim_pb2.CommGrowResponse,
+    ]
+    """Takes more devices into a communicator, between two operations: they get the ranks behind the last one. They belong to
+    it as if CommInit had named them. Errors: as CommInit; NOT_FOUND (comm), FAILED_PRECONDITION (a group is open).
+    """
+
+    RegisterDevices: grpc.UnaryStreamMultiCallable[
+        dsml_gpu.wire.gpu_sim_pb2.RegisterDevicesRequest,
+        dsml_gpu.wire.gpu_sim_pb2.RegisterDevicesResponse,
+    ]
+    """A device server makes its devices known, for the next CommInit or CommGrow. The coordinator answers once it has reached
+    the server at the address, and keeps the call open: when it ends, the coordinator has, and the server registers anew.
+    Errors: UNAVAILABLE (the coordinator cannot reach the address), INVALID_ARGUMENT (device ids are taken).
+    """
+
+    UnregisterDevices: grpc.UnaryUnaryMultiCallable[
+        dsml_gpu.wire.gpu_sim_pb2.UnregisterDevicesRequest,
+        dsml_gpu.wire.gpu_sim_pb2.UnregisterDevicesResponse,
+    ]
+    """The devices of a server leave: no communicator takes them any more, and each that has one goes on without it after
+    its running operation. Answers when that is done. Idempotent. Errors: NOT_FOUND (the address was never registered).
+    """
+
+    Checkpoint: grpc.UnaryStreamMultiCallable[
+        dsml_gpu.wire.gpu_sim_pb2.CheckpointRequest,
+        dsml_gpu.wire.gpu_sim_pb2.CheckpointProgress,
+    ]
+    """Writes arrays of all ranks to a checkpoint, as they are after all that was issued earlier on the devices. Later
+    operations go on as soon as the devices have copied the arrays; the answers tell how far the files are, and the last
+    one comes when the checkpoint is complete. Until then there is none under that URL, or the one before.
+    Errors: NOT_FOUND (comm), INVALID_ARGUMENT, OUT_OF_RANGE, UNAVAILABLE (a device is gone, a file cannot be written).
+    """
+
+    Restore: grpc.UnaryUnaryMultiCallable[
+        dsml_gpu.wire.gpu_sim_pb2.RestoreRequest,
+        dsml_gpu.wire.gpu_sim_pb2.RestoreResponse,
+    ]
+    """Reads arrays of a complete checkpoint to where the request says, on any number of ranks. All files are checked before
+    any memory changes. Errors: NOT_FOUND (no complete checkpoint), DATA_LOSS (it is damaged; names file and offset),
+    INVALID_ARGUMENT (types or sizes do not fit).
+    """
+
     HoldMemory: grpc.UnaryStreamMultiCallable[
         dsml_gpu.wire.gpu_sim_pb2.HoldMemoryRequest,
         dsml_gpu.wire.gpu_sim_pb2.SharedMemory,
@@ -664,6 +795,50 @@ class GPUCoordinatorAsyncStub:
         dsml_gpu.wire.gpu_sim_pb2.DataChunk,
     ]
     """Memcpy to the host as a stream, any size; same order and errors."""
+
+    CommGrow: grpc.aio.UnaryUnaryMultiCallable[
+        dsml_gpu.wire.gpu_sim_pb2.CommGrowRequest,
+        dsml_gpu.wire.gpu_sim_pb2.CommGrowResponse,
+    ]
+    """Takes more devices into a communicator, between two operations: they get the ranks behind the last one. They belong to
+    it as if CommInit had named them. Errors: as CommInit; NOT_FOUND (comm), FAILED_PRECONDITION (a group is open).
+    """
+
+    RegisterDevices: grpc.aio.UnaryStreamMultiCallable[
+        dsml_gpu.wire.gpu_sim_pb2.RegisterDevicesRequest,
+        dsml_gpu.wire.gpu_sim_pb2.RegisterDevicesResponse,
+    ]
+    """A device server makes its devices known, for the next CommInit or CommGrow. The coordinator answers once it has reached
+    the server at the address, and keeps the call open: when it ends, the coordinator has, and the server registers anew.
+    Errors: UNAVAILABLE (the coordinator cannot reach the address), INVALID_ARGUMENT (device ids are taken).
+    """
+
+    UnregisterDevices: grpc.aio.UnaryUnaryMultiCallable[
+        dsml_gpu.wire.gpu_sim_pb2.UnregisterDevicesRequest,
+        dsml_gpu.wire.gpu_sim_pb2.UnregisterDevicesResponse,
+    ]
+    """The devices of a server leave: no communicator takes them any more, and each that has one goes on without it after
+    its running operation. Answers when that is done. Idempotent. Errors: NOT_FOUND (the address was never registered).
+    """
+
+    Checkpoint: grpc.aio.UnaryStreamMultiCallable[
+        dsml_gpu.wire.gpu_sim_pb2.CheckpointRequest,
+        dsml_gpu.wire.gpu_sim_pb2.CheckpointProgress,
+    ]
+    """Writes arrays of all ranks to a checkpoint, as they are after all that was issued earlier on the devices. Later
+    operations go on as soon as the devices have copied the arrays; the answers tell how far the files are, and the last
+    one comes when the checkpoint is complete. Until then there is none under that URL, or the one before.
+    Errors: NOT_FOUND (comm), INVALID_ARGUMENT, OUT_OF_RANGE, UNAVAILABLE (a device is gone, a file cannot be written).
+    """
+
+    Restore: grpc.aio.UnaryUnaryMultiCallable[
+        dsml_gpu.wire.gpu_sim_pb2.RestoreRequest,
+        dsml_gpu.wire.gpu_sim_pb2.RestoreResponse,
+    ]
+    """Reads arrays of a complete checkpoint to where the request says, on any number of ranks. All files are checked before
+    any memory changes. Errors: NOT_FOUND (no complete checkpoint), DATA_LOSS (it is damaged; names file and offset),
+    INVALID_ARGUMENT (types or sizes do not fit).
+    """
 
     HoldMemory: grpc.aio.UnaryStreamMultiCallable[
         dsml_gpu.wire.gpu_sim_pb2.HoldMemoryRequest,
@@ -839,6 +1014,60 @@ class GPUCoordinatorServicer(metaclass=abc.ABCMeta):
         context: _ServicerContext,
     ) -> typing.Union[collections.abc.Iterator[dsml_gpu.wire.gpu_sim_pb2.DataChunk], collections.abc.AsyncIterator[dsml_gpu.wire.gpu_sim_pb2.DataChunk]]:
         """Memcpy to the host as a stream, any size; same order and errors."""
+
+    @abc.abstractmethod
+    def CommGrow(
+        self,
+        request: dsml_gpu.wire.gpu_sim_pb2.CommGrowRequest,
+        context: _ServicerContext,
+    ) -> typing.Union[dsml_gpu.wire.gpu_sim_pb2.CommGrowResponse, collections.abc.Awaitable[dsml_gpu.wire.gpu_sim_pb2.CommGrowResponse]]:
+        """Takes more devices into a communicator, between two operations: they get the ranks behind the last one. They belong to
+        it as if CommInit had named them. Errors: as CommInit; NOT_FOUND (comm), FAILED_PRECONDITION (a group is open).
+        """
+
+    @abc.abstractmethod
+    def RegisterDevices(
+        self,
+        request: dsml_gpu.wire.gpu_sim_pb2.RegisterDevicesRequest,
+        context: _ServicerContext,
+    ) -> typing.Union[collections.abc.Iterator[dsml_gpu.wire.gpu_sim_pb2.RegisterDevicesResponse], collections.abc.AsyncIterator[dsml_gpu.wire.gpu_sim_pb2.RegisterDevicesResponse]]:
+        """A device server makes its devices known, for the next CommInit or CommGrow. The coordinator answers once it has reached
+        the server at the address, and keeps the call open: when it ends, the coordinator has, and the server registers anew.
+        Errors: UNAVAILABLE (the coordinator cannot reach the address), INVALID_ARGUMENT (device ids are taken).
+        """
+
+    @abc.abstractmethod
+    def UnregisterDevices(
+        self,
+        request: dsml_gpu.wire.gpu_sim_pb2.UnregisterDevicesRequest,
+        context: _ServicerContext,
+    ) -> typing.Union[dsml_gpu.wire.gpu_sim_pb2.UnregisterDevicesResponse, collections.abc.Awaitable[dsml_gpu.wire.gpu_sim_pb2.UnregisterDevicesResponse]]:
+        """The devices of a server leave: no communicator takes them any more, and each that has one goes on without it after
+        its running operation. Answers when that is done. Idempotent. Errors: NOT_FOUND (the address was never registered).
+        """
+
+    @abc.abstractmethod
+    def Checkpoint(
+        self,
+        request: dsml_gpu.wire.gpu_sim_pb2.CheckpointRequest,
+        context: _ServicerContext,
+    ) -> typing.Union[collections.abc.Iterator[dsml_gpu.wire.gpu_sim_pb2.CheckpointProgress], collections.abc.AsyncIterator[dsml_gpu.wire.gpu_sim_pb2.CheckpointProgress]]:
+        """Writes arrays of all ranks to a checkpoint, as they are after all that was issued earlier on the devices. Later
+        operations go on as soon as the devices have copied the arrays; the answers tell how far the files are, and the last
+        one comes when the checkpoint is complete. Until then there is none under that URL, or the one before.
+        Errors: NOT_FOUND (comm), INVALID_ARGUMENT, OUT_OF_RANGE, UNAVAILABLE (a device is gone, a file cannot be written).
+        """
+
+    @abc.abstractmethod
+    def Restore(
+        self,
+        request: dsml_gpu.wire.gpu_sim_pb2.RestoreRequest,
+        context: _ServicerContext,
+    ) -> typing.Union[dsml_gpu.wire.gpu_sim_pb2.RestoreResponse, collections.abc.Awaitable[dsml_gpu.wire.gpu_sim_pb2.RestoreResponse]]:
+        """Reads arrays of a complete checkpoint to where the request says, on any number of ranks. All files are checked before
+        any memory changes. Errors: NOT_FOUND (no complete checkpoint), DATA_LOSS (it is damaged; names file and offset),
+        INVALID_ARGUMENT (types or sizes do not fit).
+        """
 
     @abc.abstractmethod
     def HoldMemory(

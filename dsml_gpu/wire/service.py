@@ -52,6 +52,7 @@ def service_handler(service: str, servicer: Any, stall_timeout_s: float, memory:
     handlers = {
         method.name: _Method(method, getattr(servicer, method.name), stall_timeout_s, memory).handler()
         for method in descriptor.methods
+        if hasattr(servicer, method.name)
     }
     return grpc.method_handlers_generic_handler(descriptor.full_name, handlers)
 

@@ -137,7 +137,7 @@ def test_a_group_cannot_be_opened_twice(world: World):
 
 
 @pytest.mark.parametrize("fields", [{}, {"nonBlocking": True}, {"discard": True}], ids=str)
-def test_a_group_that_is_not_open_cannot_be_ended(world: World, fields: dict[str, bool]):
+def test_a_group_that_is_not_open_cannot_be_ended(world: World, fields: dict[str, Any]):
     request = pb.GroupEndRequest(commId=world.comm.commId, **fields)
     assert_refused(
         lambda: world.coordinator.coordinator.GroupEnd(request, timeout=CALL_TIMEOUT_S),
