@@ -104,6 +104,18 @@ Embedded = Annotated[
     ),
 ]
 TransportName = Annotated[str, typer.Option(metavar="auto|p2p|grpc", help="Transport of communicators that ask for none.")]
+Failpoints = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--failpoint",
+        metavar="PLACE:ACTION[@KEY=VALUE,...]",
+        hidden=True,
+        help="Have a fault there: kill, stop, fail or delay. Can be given several times.",
+    ),
+]
+FailpointLog = Annotated[
+    Path | None, typer.Option("--failpoint-log", dir_okay=False, hidden=True, help="Gets a line for each that happens.")
+]
 OperationTimeout = Annotated[
     float, typer.Option(min=0.1, metavar="SECONDS", help="Fail a collective that takes longer, moving or not.")
 ]
@@ -133,7 +145,24 @@ def device(
     link_bandwidth: LinkBandwidth = None,
     host_name: HostName = None,
     share_memory: ShareMemory = True,
+    coordinator: Annotated[
+        str,
+        typer.Option(
+            metavar="HOST:PORT",
+            help="Register with this coordinator, now or when it comes up, and again when it was restarted.",
+        ),
+    ] = "",
+    advertise: Annotated[
+        str,
+        typer.Option(
+            metavar="HOST:PORT",
+            help="Where the coordinator and other devices reach this server. Default: where it listens, or with --host "
+            "0.0.0.0 the address from which it reaches the coordinator.",
+        ),
+    ] = "",
     metrics_port: MetricsPort = None,
+    failpoints: Failpoints = None,
+    failpoint_log: FailpointLog = None,
     until_stdin_closes: UntilStdinCloses = False,
     verbose: Verbose = False,
 ) -> None:
@@ -142,6 +171,7 @@ def device(
     from dsml_gpu.device.server import DeviceConfig, DeviceServer
 
     serve.set_up_logging(verbose)
+    serve.order_failpoints(failpoints or (), failpoint_log)
     backends, why = serve.backends_or_exit(backend, gpus or ())
     config = serve.config_or_exit(
         DeviceConfig,
@@ -151,6 +181,8 @@ def device(
         memory_bytes=memory,
         min_addr=min_addr,
         backends=backends,
+        coordinator=coordinator,
+        advertised=advertise,
         max_message_bytes=max_message + serve.MESSAGE_OVERHEAD_BYTES,
         transfers=serve.transfer_settings_or_exit(
             slice_bytes, stall_timeout, link_latency, link_bandwidth, host_name, share_memory
@@ -183,6 +215,25 @@ def coordinator(
     link_bandwidth: LinkBandwidth = None,
     host_name: HostName = None,
     share_memory: ShareMemory = True,
+    heartbeat: Annotated[
+        float, typer.Option(min=0.001, metavar="SECONDS", help="Time between heartbeats of the device servers.")
+    ] = 0.25,
+    dead_after: Annotated[
+        float, typer.Option(metavar="SECONDS", help="Give up on a device server that sends no heartbeat for so long.")
+    ] = 2.0,
+    failed_requests: Annotated[
+        str,
+        typer.Option(
+            metavar="X/Y", help="Give up on a device when X of the last Y requests to it were not answered in time."
+        ),
+    ] = "3/5",
+    atomic: Annotated[
+        bool,
+        typer.Option(
+            help="Have a collective over gRPC that fails leave all buffers as they were. It costs memory for what is "
+            "overwritten, while the collective runs."
+        ),
+    ] = True,
     cost_model: Annotated[
         Path | None,
         typer.Option(
@@ -191,7 +242,18 @@ def coordinator(
             "`dsml-gpu tune` brings another.",
         ),
     ] = None,
+    state: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            dir_okay=False,
+            help="File in which the coordinator keeps what it must not forget when it is killed; made where there is none. "
+            "Default: it forgets all.",
+        ),
+    ] = None,
     metrics_port: MetricsPort = None,
+    failpoints: Failpoints = None,
+    failpoint_log: FailpointLog = None,
     until_stdin_closes: UntilStdinCloses = False,
     verbose: Verbose = False,
 ) -> None:
@@ -201,6 +263,7 @@ def coordinator(
     from dsml_gpu.coordinator.service import CoordinatorSettings
 
     serve.set_up_logging(verbose)
+    serve.order_failpoints(failpoints or (), failpoint_log)
     backends, why = serve.backends_or_exit(backend, gpus or ())
     config = serve.config_or_exit(
         CoordinatorConfig,
@@ -211,6 +274,7 @@ def coordinator(
         memory_bytes=memory,
         backends=backends,
         max_message_bytes=max_message + serve.MESSAGE_OVERHEAD_BYTES,
+        state=state,
         settings=CoordinatorSettings(
             serve.transport_or_exit(transport),
             stall_timeout,
@@ -218,6 +282,8 @@ def coordinator(
             max_message + serve.MESSAGE_OVERHEAD_BYTES,
             serve.cost_model_or_exit(cost_model),
             cost_model,
+            detection=serve.detection_or_exit(heartbeat, dead_after, failed_requests),
+            atomic=atomic,
         ),
         transfers=serve.transfer_settings_or_exit(
             slice_bytes, stall_timeout, link_latency, link_bandwidth, host_name, share_memory

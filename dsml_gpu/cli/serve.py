@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import logging
 import os
+import re
 import signal
 import sys
 import threading
@@ -15,7 +16,9 @@ from typing import Any, NoReturn, Protocol, TypeVar
 
 import typer
 
+from dsml_gpu import failpoints
 from dsml_gpu.cli.units import format_bandwidth, format_duration, format_size
+from dsml_gpu.coordinator.heartbeats import Detection
 from dsml_gpu.coordinator.server import CoordinatorServer
 from dsml_gpu.device.server import DeviceServer
 from dsml_gpu.device.service import TransferSettings
@@ -174,6 +177,12 @@ def set_up_logging(verbose: bool) -> None:
     logging.getLogger("dsml_gpu.reduction").setLevel(logging.INFO)
 
 
+def order_failpoints(texts: Sequence[str], log: Path | None) -> None:
+    """Orders faults of this process; see `failpoints.parse`."""
+    for text in texts:
+        failpoints.order(config_or_exit(failpoints.parse, text=text, log=log))
+
+
 def backends_or_exit(name: str, gpus: Sequence[int]) -> tuple[tuple[Backend, ...], str]:
     """See `select_backends`."""
     try:
@@ -207,6 +216,19 @@ def transfer_settings_or_exit(
         host_name=host_name or "",
         shares_memory=shares_memory,
     )
+
+
+def detection_or_exit(interval_s: float, dead_after_s: float, failed_requests: str) -> Detection:
+    """See `Detection`.
+
+    Args:
+        failed_requests: ``"3/5"``: 3 of the last 5.
+    """
+    match = re.fullmatch(r"(\d+)/(\d+)", failed_requests)
+    if match is None:
+        fail(f"--failed-requests must be X/Y, for example 3/5, not {failed_requests!r}")
+    failed, last = map(int, match.groups())
+    return config_or_exit(Detection, interval_s=interval_s, dead_after_s=dead_after_s, failed_requests=failed, of_last=last)
 
 
 def cost_model_or_exit(path: Path | None) -> CostModel:

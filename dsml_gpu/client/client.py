@@ -81,15 +81,22 @@ class Client:
         return f"Client({self.target}, {'closed' if self._closed else 'open'})"
 
 
-def connect(target: str, *, timeout_s: float = 30.0, collective_timeout_s: float = 660.0) -> Client:
+def connect(
+    target: str, *, timeout_s: float = 30.0, collective_timeout_s: float = 660.0, reconnect_s: float = 30.0
+) -> Client:
     """Connects to a running coordinator.
+
+    When the connection breaks, or the coordinator is gone, the client tries again and says so in the log; a call that was
+    under way goes on where it was, or happens then, and in either case once.
 
     Args:
         target: host:port.
         timeout_s: deadline of calls that do no long work, the first connection included.
         collective_timeout_s: deadline of collectives.
+        reconnect_s: how long a call tries to reach a coordinator that does not answer any more, within its own deadline;
+            0: not at all.
 
     Raises:
         PeerUnavailable: nobody answers there.
     """
-    return Client(CoordinatorConnection(target, timeout_s, collective_timeout_s))
+    return Client(CoordinatorConnection(target, timeout_s, collective_timeout_s, reconnect_s))

@@ -8,6 +8,7 @@ from typing import Any, cast
 import numpy as np
 
 from dsml_gpu.client.arrays import Device, DeviceArray
+from dsml_gpu.client.groups import Group, is_surely_valid
 from dsml_gpu.client.results import CollectiveResult, result_of
 from dsml_gpu.client.rpc import CoordinatorConnection
 from dsml_gpu.errors import CommNotReady, InvalidValue, RankMismatch
@@ -39,7 +40,8 @@ class Collectives:
         InvalidValue: types or sizes do not fit, or an unknown name.
         BufferOverlap: arrays overlap otherwise than in place.
         ScheduleNotProved: a schedule of one's own that is not for this collective, as the coordinator sees it.
-        PeerUnavailable: a device is gone; outputs are undefined.
+        PeerUnavailable: a device is gone. All buffers that are left are as they were, where data went over gRPC
+            (`CollectiveResult.transports`); by p2p, outputs are undefined.
         OperationTimeout: nothing moved for the coordinator's stall timeout, or the deadline passed.
     """
 
@@ -47,6 +49,7 @@ class Collectives:
     devices: tuple[Device, ...]
     _connection: CoordinatorConnection
     _closed: bool
+    _group: Group | None
 
     @property
     def nranks(self) -> int:
@@ -295,7 +298,7 @@ class Collectives:
                 sendAddr=source.addr,
                 recvAddr=destination.addr,
             )
-        return self._call("Collective", request, timeout_s)
+        return self._call(request, timeout_s)
 
     def send(
         self, source: DeviceArray, destination: DeviceArray, *, timeout_s: float | None = None
@@ -306,7 +309,7 @@ class Collectives:
     def barrier(self, *, algorithm: str | Schedule = "auto", timeout_s: float | None = None) -> CollectiveResult | None:
         """Returns when every rank has come this far: all work issued before on the devices is done."""
         self._require_open()
-        return self._call("Collective", self._request("BARRIER", np.dtype(np.uint8), algorithm), timeout_s)
+        return self._call(self._request("BARRIER", np.dtype(np.uint8), algorithm), timeout_s)
 
     # ---- what they share ----------------------------------------------------------------------------------------------
 
@@ -340,7 +343,7 @@ class Collectives:
         request = self._request(kind, dtype, algorithm, **fields)
         request.counts.extend(counts)
         request.buffers.extend(buffers)
-        return self._call("Collective", request, timeout_s)
+        return self._call(request, timeout_s)
 
     def _request(self, kind: str, dtype: np.dtype[Any], algorithm: str | Schedule, **fields: Any) -> pb.CollectiveRequest:
         request = pb.CollectiveRequest(
@@ -363,9 +366,17 @@ class Collectives:
             said = "{} on {} ranks with root {}"
             raise InvalidValue(f"the schedule is for {said.format(*actual)}, the call is {said.format(*expected)}")
 
-    def _call(self, method: str, request: Any, timeout_s: float | None) -> CollectiveResult | None:
-        response = self._connection.call(method, request, timeout_s or self._connection.collective_timeout_s)
-        return result_of(response)
+    def _call(self, request: pb.CollectiveRequest, timeout_s: float | None) -> CollectiveResult | None:
+        """Runs a collective, or puts it into the open group."""
+        timeout_s = timeout_s or self._connection.collective_timeout_s
+        if self._group is None:
+            return result_of(self._connection.call("Collective", request, timeout_s))
+        if not is_surely_valid(request):
+            request.checkOnly = True
+            self._connection.call("Collective", request, timeout_s)
+            request.ClearField("checkOnly")
+        self._group.requests.append(request)
+        return None
 
     def _require_open(self) -> None:
         if self._closed:

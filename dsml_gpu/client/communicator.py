@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import os
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from types import TracebackType
 from typing import Any
@@ -10,18 +11,13 @@ from typing import Any
 import numpy as np
 
 from dsml_gpu.client.arrays import Device, DeviceArray
+from dsml_gpu.client.checkpoints import CheckpointJob, Checkpoints
 from dsml_gpu.client.collectives import TRANSPORTS, Collectives, lookup
+from dsml_gpu.client.groups import Group
 from dsml_gpu.client.results import CollectiveResult, result_of
 from dsml_gpu.client.rpc import CoordinatorConnection
-from dsml_gpu.errors import CommNotFound, DsmlError, InvalidValue, RankMismatch
+from dsml_gpu.errors import CommNotFound, DsmlError, GroupMisuse, InvalidValue, RankMismatch
 from dsml_gpu.wire import gpu_sim_pb2 as pb
-
-
-class Group:
-    """What `Communicator.group` gives; `result` is set when the group has run."""
-
-    def __init__(self) -> None:
-        self.result: CollectiveResult | None = None
 
 
 class Communicator(Collectives):
@@ -36,9 +32,11 @@ class Communicator(Collectives):
 
     def __init__(self, connection: CoordinatorConnection, response: pb.CommInitResponse) -> None:
         self._connection = connection
-        connection.open_lane(response.lane)
+        connection.open_lane(response.lane, response.commId)
         self.comm_id: int = response.commId
         self._closed = False
+        self._group: Group | None = None
+        self._checkpoints = Checkpoints(connection, self.comm_id)
         self.devices = tuple(
             Device(connection, metadata, self.comm_id, lambda: self._closed) for metadata in response.devices
         )
@@ -61,12 +59,15 @@ class Communicator(Collectives):
                 with suppress(DsmlError):
                     array.free()
             raise
+        self._checkpoints.tracked.add(arrays)
         return arrays
 
     def empty(self, shape: int | tuple[int, ...], dtype: Any = np.float64) -> list[DeviceArray]:
         """One new array on each device, with undefined contents."""
         self._require_open()
-        return [device.empty(shape, dtype) for device in self.devices]
+        arrays = [device.empty(shape, dtype) for device in self.devices]
+        self._checkpoints.tracked.add(arrays)
+        return arrays
 
     @contextmanager
     def group(self, *, blocking: bool = True, timeout_s: float | None = None) -> Iterator[Group]:
@@ -80,20 +81,81 @@ class Communicator(Collectives):
 
         Raises:
             GroupMisuse: a group is open; groups do not nest.
+            DsmlError: what the group fails with, at the end. A call that is wrong is refused where it stands, but for one
+                that sends slices between processes where the coordinator is to use p2p only: that one at the end.
         """
         self._require_open()
-        self._connection.call("GroupStart", pb.GroupStartRequest(commId=self.comm_id))
-        group = Group()
+        if self._group is not None:
+            raise GroupMisuse(f"{self!r} has an open group of {len(self._group.requests)} operations already")
+        group = self._group = Group()
         try:
             yield group
-        except BaseException:
-            with suppress(DsmlError):  # what the caller did wrong is the error to be seen
-                self._connection.call("GroupEnd", pb.GroupEndRequest(commId=self.comm_id, discard=True))
-            raise
-        request = pb.GroupEndRequest(commId=self.comm_id, nonBlocking=not blocking)
+        finally:
+            self._group = None
+        if not group.requests:
+            group.result = CollectiveResult("", (), 0.0, 0) if blocking else None
+            return
+        # One message, which can be sent again: the coordinator that gets it need not be the one that was there at the start.
+        request = pb.GroupEndRequest(commId=self.comm_id, nonBlocking=not blocking, operations=group.requests)
         group.result = result_of(
             self._connection.call("GroupEnd", request, timeout_s or self._connection.collective_timeout_s)
         )
+
+    def checkpoint(
+        self, url: str | os.PathLike[str], arrays: Mapping[str, Sequence[DeviceArray]] | None = None
+    ) -> CheckpointJob:
+        """Writes arrays of all ranks to a checkpoint, as they are after all collectives issued before.
+
+        Returns when the devices have copied them, so they may change again; the files are written in the background. Until
+        all of them are whole the checkpoint before, if there is one, stays the one that `restore` finds. `close` waits for
+        all checkpoints.
+
+        Args:
+            url: a folder of its own: a path on the devices' hosts, the same folder for all of them and the coordinator, or
+                anything that fsspec takes (``s3://...``) where its plug-in is installed on these hosts.
+            arrays: by name, one for each rank; None: all that `array`, `empty` and `restore` of this communicator have made
+                and that are still referred to, under the names that they were restored by, or array0, array1 ... in the
+                order in which they were made.
+
+        Raises:
+            InvalidValue: no arrays, or of a type that the wire has not.
+            RankMismatch: not one array for each rank, on its device.
+            GroupMisuse: a group is open.
+            PeerUnavailable: a device is gone.
+        """
+        self._require_open()
+        self._require_no_group()
+        return self._checkpoints.save(url, self._checkpoints.tracked.live() if arrays is None else arrays, self.devices)
+
+    def restore(
+        self,
+        url: str | os.PathLike[str],
+        into: Mapping[str, Sequence[DeviceArray]] | None = None,
+        *,
+        timeout_s: float | None = None,
+    ) -> dict[str, list[DeviceArray]]:
+        """Reads the arrays of a checkpoint, which may be one of another number of ranks. All files are checked before any
+        array changes. Ordered after all collectives issued before.
+
+        With as many ranks as the checkpoint has, each gets its own parts. Otherwise parts that were the same on all ranks go
+        to each rank, and others are put together along the first axis and cut anew, as ``numpy.array_split`` does.
+
+        Args:
+            into: arrays by their names in the checkpoint, one for each rank; None: new ones for all of them.
+
+        Raises:
+            CheckpointNotFound: there is no complete checkpoint.
+            CheckpointDamaged: a file is not what was written; the message names it and the place.
+            InvalidValue: types or shapes do not fit.
+            GroupMisuse: a group is open.
+        """
+        self._require_open()
+        self._require_no_group()
+        return self._checkpoints.restore(url, self.devices, into, timeout_s)
+
+    def _require_no_group(self) -> None:
+        if self._group is not None:
+            raise GroupMisuse(f"{self!r} has an open group, which checkpoints cannot be part of")
 
     def status(self) -> tuple[str, str]:
         """``"IN_PROGRESS"``, ``"SUCCESS"`` or ``"FAILED"``, and why it failed."""
@@ -110,9 +172,10 @@ class Communicator(Collectives):
         return pb.Status.Name(response.status)
 
     def close(self) -> None:
-        """Waits for all collectives, gives the devices back and frees the arrays made here. Idempotent."""
+        """Waits for all collectives and checkpoints, gives the devices back and frees the arrays made here. Idempotent."""
         if self._closed:
             return
+        self._checkpoints.wait()
         request = pb.CommDestroyRequest(commId=self.comm_id)
         with suppress(CommNotFound):  # an earlier try did end it
             self._connection.call("CommDestroy", request, self._connection.collective_timeout_s)

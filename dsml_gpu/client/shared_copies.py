@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import numpy as np
@@ -36,12 +36,14 @@ class SharedCopies:
         Raises:
             DsmlError: as of `CoordinatorConnection.write`.
         """
-        if not self._worth_it(data.nbytes):
-            return False
-        with self._held(addr, data.nbytes, writes=True) as memory:
-            if memory is not None:
-                memory[...] = data
-        return memory is not None
+
+        def attempt(limit_s: float) -> bool:
+            with self._held(addr, data.nbytes, True, limit_s) as memory:
+                if memory is not None:
+                    memory[...] = data
+            return memory is not None
+
+        return self._worth_it(data.nbytes) and self._until_answered(attempt, data.nbytes)
 
     def read(self, addr: int, out: np.ndarray) -> bool:
         """Copies from the device to host memory (a uint8 array); False where that is not possible this way.
@@ -49,24 +51,29 @@ class SharedCopies:
         Raises:
             DsmlError: as of `CoordinatorConnection.read`.
         """
-        if not self._worth_it(out.nbytes):
-            return False
-        with self._held(addr, out.nbytes, writes=False) as memory:
-            if memory is not None:
-                out[...] = memory
-        return memory is not None
+
+        def attempt(limit_s: float) -> bool:
+            with self._held(addr, out.nbytes, False, limit_s) as memory:
+                if memory is not None:
+                    out[...] = memory
+            return memory is not None
+
+        return self._worth_it(out.nbytes) and self._until_answered(attempt, out.nbytes)
+
+    def _until_answered(self, attempt: Callable[[float], bool], nbytes: int) -> bool:
+        return self._connection.until_answered(attempt, self._connection.copy_timeout_s(nbytes))
 
     def _worth_it(self, nbytes: int) -> bool:
         return self._possible and nbytes >= SMALLEST_BYTES
 
     @contextmanager
-    def _held(self, addr: int, nbytes: int, writes: bool) -> Iterator[np.ndarray | None]:
+    def _held(self, addr: int, nbytes: int, writes: bool, limit_s: float) -> Iterator[np.ndarray | None]:
         """A range of the device's memory, which nobody else touches meanwhile; None where it cannot be opened from here."""
         request = pb.HoldMemoryRequest(
             deviceId=pb.DeviceId(value=self._device_id), memAddr=pb.MemAddr(value=addr), numBytes=nbytes, writes=writes
         )
         try:
-            with self._connection.hold(request) as shared:
+            with self._connection.hold(request, limit_s) as shared:
                 start = addr - shared.minMemAddr.value
                 yield self._opened(shared)[start : start + nbytes]
         except MemoryNotShared:

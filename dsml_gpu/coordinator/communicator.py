@@ -13,7 +13,7 @@ from typing import Any, cast
 from dsml_gpu.coordinator import passes, plan
 from dsml_gpu.coordinator.call import CollectiveCall
 from dsml_gpu.coordinator.choice import Choice, Chooser
-from dsml_gpu.coordinator.control_round import cancel, lost_communicator, run_round
+from dsml_gpu.coordinator.control_round import cancel, lost_communicator, run_round, settle
 from dsml_gpu.coordinator.device_handle import DeviceHandle
 from dsml_gpu.coordinator.fusion import buckets_of, fused
 from dsml_gpu.coordinator.memory_access import MemoryAccess
@@ -29,6 +29,9 @@ log = logging.getLogger(__name__)
 _SLOWEST_PASSES_BYTES_PER_S = 100e6
 #: Up to so many ranks a plan takes a few milliseconds at most.
 _PLANNED_AT_ONCE_RANKS = 16
+#: What a rank has kept of its buffers during operations that touched more is dropped at once when they have ended well,
+#: otherwise with the next operation.
+_KEPT_BYTES = 1 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,6 +77,7 @@ class Communicator:
         forced_transport: number of ``enum Transport``.
         stall_timeout_ms: a collective in which nothing moves for so long fails.
         operation_timeout_s: a group fails when it takes longer, moving or not.
+        atomic: a collective by a schedule that fails leaves all buffers as they were.
     """
 
     def __init__(
@@ -84,7 +88,11 @@ class Communicator:
         forced_transport: int,
         stall_timeout_ms: int,
         operation_timeout_s: float,
+        *,
+        atomic: bool = True,
     ) -> None:
+        self._atomic = atomic
+        self._settling: set[asyncio.Task[None]] = set()
         self.comm_id = comm_id
         self.handles = tuple(handles)
         self._chooser = chooser
@@ -300,6 +308,10 @@ class Communicator:
             if not by_passes:
                 requests = self._requests_of_plans(some)
                 moved += await run_round(self.handles, requests, self._operation_timeout_s)
+                if self._atomic and sum(one.count for one in some) > _KEPT_BYTES:
+                    settling = asyncio.ensure_future(settle(self.handles, requests, pb.QuiesceRequest.COMMIT))
+                    self._settling.add(settling)
+                    settling.add_done_callback(self._settling.discard)
                 continue
             for one_round in passes.rounds_of(tuple(one.call for one in some), self._team):
                 timeout_s = self._stall_timeout_ms / 1000 + one_round.nbytes / _SLOWEST_PASSES_BYTES_PER_S
@@ -310,7 +322,11 @@ class Communicator:
     def _requests_of_plans(self, planned: list[_Planned]) -> dict[int, pb.ExecuteRequest]:
         device_ids = [handle.device_id for handle in self.handles]
         operations = [(one.call, one.plan) for one in planned if one.plan is not None]
-        return dict(enumerate(plan.execute_requests(self.comm_id, device_ids, operations, self._stall_timeout_ms)))
+        return dict(
+            enumerate(
+                plan.execute_requests(self.comm_id, device_ids, operations, self._stall_timeout_ms, atomic=self._atomic)
+            )
+        )
 
     def _requests_of_passes(self, one_round: passes.Round) -> dict[int, pb.ExecuteRequest]:
         # Also a rank that has nothing to do must be there; one whose end would be known need not be asked.

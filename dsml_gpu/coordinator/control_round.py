@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import logging
+import sys
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
@@ -10,6 +12,10 @@ from dsml_gpu.coordinator.device_handle import DeviceHandle
 from dsml_gpu.errors import CommNotFound, DsmlError, OperationAborted, OperationTimeout, PeerUnavailable
 from dsml_gpu.wire import gpu_sim_pb2 as pb
 
+log = logging.getLogger(__name__)
+
+#: For a rank to settle a round.
+_SETTLE_TIMEOUT_S = 5.0
 #: After one rank has failed the others are given so long to say why, before they are cancelled: the first to answer is
 #: often a peer of the one that knows.
 _EXPLANATION_S = 0.5
@@ -29,6 +35,9 @@ async def run_round(
     fence: Fence | None = None,
 ) -> int:
     """Runs one round; returns the bytes that moved between ranks.
+
+    Where the requests have a round number (`pb.ExecuteRequest.round`) and it does not end well on all ranks, all that can be
+    reached have in their buffers again what was there before.
 
     Args:
         handles: of each rank.
@@ -53,6 +62,8 @@ async def run_round(
         if failed and fence is not None:
             comm_id = requests[failed[0]].commId
             await asyncio.shield(fence.fence(comm_id, handles, failed))
+        if any(task.cancelled() or task.exception() for task in tasks.values()):
+            await asyncio.shield(settle(handles, requests, pb.QuiesceRequest.ROLL_BACK))
     errors = [task.exception() for task in tasks.values() if not task.cancelled() and task.exception()]
     if errors:
         raise min((error for error in errors if error is not None), key=_vagueness)
@@ -60,13 +71,41 @@ async def run_round(
 
 
 async def _execute(rank: int, handle: DeviceHandle, request: pb.ExecuteRequest) -> int:
+    task, loss = asyncio.current_task(), handle.until_lost()
+    assert task is not None
+    loss.add_done_callback(lambda ended: ended.cancelled() or task.cancel())
     try:
         response = await handle.call("Execute", request, timeout_s=None)
+    except asyncio.CancelledError:
+        if not loss.done():
+            raise
+        if sys.version_info >= (3, 11):
+            task.uncancel()  # the cancellation was ours and becomes an error
+        raise PeerUnavailable(f"rank {rank}: {loss.result()}") from None
     except CommNotFound:
         raise lost_communicator(rank, handle) from None
     except DsmlError as error:
         raise type(error)(f"rank {rank} ({handle}): {error}") from error
+    finally:
+        loss.cancel()
     return int(response.bytesSent)
+
+
+async def settle(
+    handles: Sequence[DeviceHandle], requests: Mapping[int, pb.ExecuteRequest], settlement: pb.QuiesceRequest.Settlement
+) -> None:
+    """Tells all ranks of an atomic round what becomes of what it wrote; returns when they have done it, or are gone."""
+
+    async def tell(handle: DeviceHandle, request: pb.ExecuteRequest) -> None:
+        message = pb.QuiesceRequest(
+            commId=request.commId, deviceId=request.deviceId, round=request.round, settlement=settlement
+        )
+        try:
+            await handle.call("Quiesce", message, _SETTLE_TIMEOUT_S)
+        except DsmlError as error:
+            log.warning("%s has not settled its last operation: %s", handle, error)
+
+    await asyncio.gather(*(tell(handles[rank], request) for rank, request in requests.items() if request.round))
 
 
 def lost_communicator(rank: int, handle: DeviceHandle) -> PeerUnavailable:

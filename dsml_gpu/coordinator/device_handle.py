@@ -3,32 +3,36 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Iterator
-from contextlib import contextmanager, suppress
-from typing import Any, Protocol
+import logging
+import time
+from collections.abc import AsyncGenerator, AsyncIterator, Coroutine, Iterator
+from contextlib import aclosing, contextmanager, suppress
+from typing import Any, TypeVar
 
-import grpc
 import numpy as np
 
+from dsml_gpu.coordinator.connection import DeviceConnection
+from dsml_gpu.coordinator.heartbeats import DEFAULT_DETECTION, Detection, Requests
 from dsml_gpu.errors import (
     DeviceNotFound,
     DsmlError,
-    MessageTooLarge,
     NoAnswer,
     OperationAborted,
-    OperationTimeout,
     PeerUnavailable,
+    StorageUnavailable,
     Unavailable,
 )
 from dsml_gpu.memory.arena import OpenedArena, check_range
 from dsml_gpu.memory.shared import SharedHandle, open_shared
 from dsml_gpu.wire import gpu_sim_pb2 as pb
 from dsml_gpu.wire.codec import Chunk
-from dsml_gpu.wire.lane import Lane, open_lane
-from dsml_gpu.wire.outgoing import OutgoingStream
-from dsml_gpu.wire.status import error_of
+from dsml_gpu.wire.lane import Lane
 from dsml_gpu.wire.stubs import COPY_SLICE_BYTES
 from dsml_gpu.wire.timeouts import in_time
+
+log = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 #: For control messages that do no work.
 CONTROL_TIMEOUT_S = 5.0
@@ -36,121 +40,47 @@ CONTROL_TIMEOUT_S = 5.0
 _MOVE_TIMEOUT_S = 120.0
 
 
-class DeviceConnection(Protocol):
-    """How a coordinator reaches the service of a device. All methods raise `DsmlError`.
-
-    Attributes:
-        lane: a short cut that is, or was, open; None: there is none.
-    """
-
-    lane: Lane | None
-
-    @property
-    def tells_of_its_end(self) -> bool:
-        """Whether this would be False if the device's process had died."""
-
-    async def open_lane(self, name: str) -> None:
-        """Goes by a lane of that name from now on, where it can (`wire.lane`)."""
-
-    def close(self) -> None:
-        """Closes the lane. Idempotent."""
-
-    async def call(self, method: str, request: Any, timeout_s: float | None) -> Any:
-        """One unary RPC of GPUDevice."""
-
-    async def write(self, chunks: AsyncIterator[Chunk]) -> pb.StreamHostToDeviceResponse:
-        """StreamHostToDevice; an exception of `chunks` ends it and is raised."""
-
-    def read(self, request: pb.StreamDeviceToHostRequest) -> AsyncGenerator[Chunk, None]:
-        """StreamDeviceToHost."""
-
-
-class RemoteConnection:
-    """To a device server, by gRPC.
-
-    Args:
-        stall_timeout_s: a copy fails when the device neither takes nor gives anything for so long.
-    """
-
-    def __init__(self, stub: Any, stall_timeout_s: float) -> None:
-        self._stub = stub
-        self._stall_timeout_s = stall_timeout_s
-        self.lane: Lane | None = None
-        self._lane_name = ""
-
-    @property
-    def tells_of_its_end(self) -> bool:
-        return self.lane is not None and self.lane.is_open
-
-    async def open_lane(self, name: str) -> None:
-        if name == self._lane_name and (self.lane is None or self.lane.is_open):
-            return  # it is open, or cannot be opened from here
-        self.close()
-        self._lane_name = name
-        lane = await open_lane(name)
-        if lane is not None and self.tells_of_its_end:  # another call was faster
-            lane.close()
-        else:
-            self.lane = lane
-
-    def close(self) -> None:
-        if self.lane is not None:
-            self.lane.close()
-
-    async def call(self, method: str, request: Any, timeout_s: float | None) -> Any:
-        if self.lane is not None and self.lane.is_open:
-            with suppress(MessageTooLarge):  # then by gRPC, which takes more
-                return await self.lane.call(method, request, timeout_s)
-        try:
-            return await getattr(self._stub, method)(request, timeout=timeout_s)
-        except grpc.RpcError as failure:
-            raise error_of(failure) from None
-
-    async def write(self, chunks: AsyncIterator[Chunk]) -> pb.StreamHostToDeviceResponse:
-        stream = OutgoingStream(self._stub.StreamHostToDevice())
-        try:
-            async for chunk in chunks:
-                await self._in_time(stream.write(chunk))
-            await stream.end()
-            response: pb.StreamHostToDeviceResponse = await self._in_time(stream.response())
-        except BaseException:
-            stream.cancel()
-            raise
-        return response
-
-    async def read(self, request: pb.StreamDeviceToHostRequest) -> AsyncGenerator[Chunk, None]:
-        call = self._stub.StreamDeviceToHost(request)
-        try:
-            while (chunk := await self._in_time(call.read())) is not grpc.aio.EOF:
-                yield chunk
-        except grpc.RpcError as failure:
-            raise error_of(failure) from None
-        finally:
-            call.cancel()
-
-    async def _in_time(self, step: Awaitable[Any]) -> Any:
-        try:
-            return await in_time(step, self._stall_timeout_s, "the device")
-        except OperationTimeout as error:
-            raise NoAnswer(str(error)) from None
-
-
 class DeviceHandle:
     """One device as the coordinator sees it.
+
+    A device is lost when it is given up: it is dead, or does not show that it is alive. It may come back, in the same
+    process or in another one (`metadata.processUid`), which is another device with the same id. It is used again when it
+    has answered, and has stopped and forgotten what it did for communicators that went on without it.
 
     Args:
         connection: to its service.
         address: host:port of its server.
         embedded: it lives in this process.
         permanent: it stays when no communicator uses it.
+        detection: when it counts as dead.
+
+    Attributes:
+        answers: it did when last asked.
+        leaving: its server is about to leave; nobody is to take it any more.
+        lost: why it was given up, for example "device 7 at 10.0.0.5:50051 has sent no heartbeat for 2.0 s"; empty: it was
+            not, or is back.
+        lost_after_s: from when it was last known to be alive until it was given up the last time.
     """
 
-    def __init__(self, connection: DeviceConnection, address: str, embedded: bool = False, permanent: bool = True) -> None:
+    def __init__(
+        self,
+        connection: DeviceConnection,
+        address: str,
+        embedded: bool = False,
+        permanent: bool = True,
+        detection: Detection = DEFAULT_DETECTION,
+    ) -> None:
         self._connection = connection
         self.address = address
         self.embedded = embedded
         self.permanent = permanent
-        self.reachable = False
+        self.answers = False
+        self.leaving = False
+        self.lost = ""
+        self.lost_after_s = 0.0
+        self._loss_waiters: set[asyncio.Future[str]] = set()
+        self._requests = Requests(detection)
+        self._answered_s = time.monotonic()
         self.metadata = pb.DeviceMetadata(address=address)
         #: Where others open its memory, as it last said; None: not at all.
         self.shared: pb.SharedMemory | None = None
@@ -172,26 +102,105 @@ class DeviceHandle:
         return f"device {self.device_id or '?'} at {self.address}"
 
     @property
+    def reachable(self) -> bool:
+        """Whether it can be used, as far as known."""
+        return self.answers and not self.lost and not self._unheard_leaves
+
+    @property
+    def owes(self) -> bool:
+        """Whether it has to answer before it can be used."""
+        return bool(self.lost or self._unheard_leaves)
+
+    @property
     def tells_of_its_end(self) -> bool:
         """Whether this would be False if its process had died."""
-        return self._connection.tells_of_its_end
+        return self._connection.tells_of_its_end and not self.lost
 
     def update(self, metadata: pb.DeviceMetadata) -> None:
         """Takes what the device's server says of it, which has just answered."""
+        if self.metadata.processUid and self.metadata.processUid != metadata.processUid:
+            self.give_up("is gone: its server was restarted")
         self.metadata.CopyFrom(metadata)
         # The address that others reach it by is the one that reached it, not what it believes of itself.
         self.metadata.address = self.address
-        self.reachable = True
+        self.answers = True
 
-    async def retry_leaves(self) -> None:
-        """Tells the device of the ends of communicators that it did not hear."""
+    def give_up(self, why: str, after_s: float | None = None) -> None:
+        """The device is lost. Without effect on one that is.
+
+        Args:
+            why: follows on its name.
+            after_s: since it was last known to be alive; None: since it last answered a request.
+        """
+        if self.lost or not self.metadata.deviceId.value:
+            return
+        self.lost = f"{self} {why}"
+        self.lost_after_s = time.monotonic() - self._answered_s if after_s is None else after_s
+        self.answers = False
+        log.warning("%s", self.lost)
+        for waiter in tuple(self._loss_waiters):
+            if not waiter.done():
+                waiter.set_result(self.lost)
+
+    def until_lost(self) -> asyncio.Future[str]:
+        """A future of the caller's own, which gets the reason when the device is lost. Cancel it when it is not needed."""
+        waiter: asyncio.Future[str] = asyncio.get_running_loop().create_future()
+        if self.lost:
+            waiter.set_result(self.lost)
+        else:
+            self._loss_waiters.add(waiter)
+            waiter.add_done_callback(self._loss_waiters.discard)
+        return waiter
+
+    async def unless_lost(self, work: Coroutine[Any, Any, T]) -> T:
+        """The result of `work`, which is cancelled when the device is lost meanwhile.
+
+        Raises:
+            PeerUnavailable: it is lost.
+        """
+        task, loss = asyncio.ensure_future(work), self.until_lost()
+        both: list[asyncio.Future[Any]] = [task, loss]
+        try:
+            await asyncio.wait(both, return_when=asyncio.FIRST_COMPLETED)
+            if not task.done():
+                raise PeerUnavailable(self.lost)
+            return task.result()
+        finally:
+            loss.cancel()
+            if not task.done():
+                task.cancel()
+                await asyncio.wait([task])
+
+    async def come_back(self) -> None:
+        """Has a device that answers stop and forget what it did for communicators that are over, or went on without it.
+
+        Raises:
+            DsmlError: it does not answer, or refuses; it stays lost.
+        """
         for comm_id in sorted(self._unheard_leaves):
-            await self.leave(comm_id)
+            for method, request in (
+                ("Quiesce", pb.QuiesceRequest(commId=comm_id, deviceId=self.device_id)),
+                ("LeaveComm", pb.LeaveCommRequest(commId=comm_id, deviceId=self.device_id)),
+            ):
+                with self._named_errors():
+                    await self._connection.call(method, request, CONTROL_TIMEOUT_S)
+            self._unheard_leaves.discard(comm_id)
+        if self.lost and self.answers:
+            log.warning("%s is back", self)
+            self.lost = ""
+            self._requests.forget()
+
+    def drop(self, comm_id: int) -> None:
+        """A communicator goes on without the device, which is used again only when it has heard of that."""
+        self._unheard_leaves.add(comm_id)
 
     async def leave(self, comm_id: int) -> None:
         """Tells the device that a communicator is over; one that does not hear it is told again when it answers next."""
-        self._unheard_leaves.add(comm_id)
-        await self.call("LeaveComm", pb.LeaveCommRequest(commId=comm_id, deviceId=self.device_id))
+        try:
+            await self.call("LeaveComm", pb.LeaveCommRequest(commId=comm_id, deviceId=self.device_id))
+        except BaseException:
+            self._unheard_leaves.add(comm_id)
+            raise
         self._unheard_leaves.discard(comm_id)
 
     async def share_memory(self, *, move: bool = False) -> None:
@@ -227,12 +236,19 @@ class DeviceHandle:
             timeout_s: deadline; None where the caller has its own.
 
         Raises:
-            PeerUnavailable: there is no connection to it, or it broke.
+            PeerUnavailable: there is no connection to it, or it broke; or the device is lost. Of a call without `timeout_s`
+                that runs when the device is lost, the caller must see to that (`until_lost`).
             OperationTimeout: it did not answer in time.
             DsmlError: what the device refused with.
         """
+        if self.lost:
+            raise PeerUnavailable(self.lost)
         with self._named_errors():
-            return await self._connection.call(method, request, timeout_s)
+            work = self._connection.call(method, request, timeout_s)
+            answer = await (work if timeout_s is None or self.embedded else self.unless_lost(work))
+        self._answered_s = time.monotonic()
+        self._requests.note(answered=True)
+        return answer
 
     async def write(self, addr: int, nbytes: int, chunks: AsyncIterator[Chunk]) -> int:
         """Host to device: `chunks` are written one behind the other from `addr` on. Returns the bytes written.
@@ -258,7 +274,8 @@ class DeviceHandle:
             return written
         try:
             with self._named_errors():
-                return int((await self._connection.write(with_header())).numBytes)
+                writing = self._connection.write(with_header())
+                return int((await (writing if self.embedded else self.unless_lost(writing))).numBytes)
         except OperationAborted as error:
             # The stream's end may have hidden why it ended: a device that is gone says nothing any more.
             await self.call("GetDeviceMetadata", pb.GetDeviceMetadataRequest(deviceId=self.device_id))
@@ -279,6 +296,27 @@ class DeviceHandle:
             async for chunk in self._connection.read(request):
                 yield chunk
 
+    async def stream(self, method: str, request: Any, stall_timeout_s: float) -> AsyncGenerator[Any, None]:
+        """One RPC to the device that is answered by a stream of messages. Errors as `call`, and:
+
+        Raises:
+            OperationTimeout: no message came for `stall_timeout_s`.
+        """
+        if self.lost:
+            raise PeerUnavailable(self.lost)
+        with self._named_errors():
+            async with aclosing(self._connection.stream(method, request)) as answers:
+
+                async def next_answer() -> Any:
+                    return await anext(answers, None)
+
+                while True:
+                    step = next_answer() if self.embedded else self.unless_lost(next_answer())
+                    answer = await in_time(step, stall_timeout_s, f"{self} to go on with {method}")
+                    if answer is None:
+                        return
+                    yield answer
+
     async def _open_memory(self) -> OpenedArena | None:
         """The device's memory where this process has it open; None where it cannot."""
         lane = self._connection.lane
@@ -296,8 +334,8 @@ class DeviceHandle:
 
     def _require_connected(self) -> None:
         if not self.tells_of_its_end:
-            self.reachable = False
-            raise PeerUnavailable(f"{self} is gone")
+            self.answers = False
+            raise PeerUnavailable(self.lost or f"{self} is gone")
 
     def check(self, addr: int, nbytes: int) -> None:
         """Raises AddressOutOfRange unless the range lies in the device's memory."""
@@ -314,13 +352,15 @@ class DeviceHandle:
                 lost = PeerUnavailable(f"{self} is gone, its server was restarted without it: {error}")
             if lost is None:
                 raise
-            self.reachable = False
+            if isinstance(error, NoAnswer) and self._requests.note(answered=False):
+                self.give_up(f"has not answered {self._requests} in time")
+            self.answers = False
             raise lost from None
 
 
 def lost_connection(who: str, error: DsmlError) -> DsmlError | None:
     """The error of a call that nobody answered, saying whom it was for; None where `error` is an answer."""
-    if isinstance(error, PeerUnavailable):  # what a device that answers says of its peer
+    if isinstance(error, (PeerUnavailable, StorageUnavailable)):  # what a device that answers says of its peer, or disk
         return None
     if isinstance(error, Unavailable):
         return PeerUnavailable(f"{who} does not answer: {error}")

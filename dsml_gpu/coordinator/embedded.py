@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import AsyncGenerator, AsyncIterator, Iterable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable, Sequence
 from typing import Any
 
 from dsml_gpu.coordinator.device_handle import DeviceHandle
@@ -58,7 +58,7 @@ class EmbeddedDevices:
         metadata = self.service.metadata(device)
         handle = DeviceHandle(_LocalConnection(self.service), metadata.address, embedded=True, permanent=permanent)
         handle.metadata.CopyFrom(metadata)
-        handle.reachable = True
+        handle.answers = True
         return handle
 
     def end(self, handle: DeviceHandle) -> None:
@@ -77,6 +77,7 @@ class _LocalConnection:
     lane: Lane | None = None
 
     def __init__(self, service: DeviceService) -> None:
+        self.on_lane_end: Callable[[], None] = lambda: None
         self._service = service
 
     @property
@@ -97,3 +98,7 @@ class _LocalConnection:
 
     def read(self, request: pb.StreamDeviceToHostRequest) -> AsyncGenerator[Chunk, None]:
         return self._service.StreamDeviceToHost(request, None)
+
+    def stream(self, method: str, request: Any) -> AsyncGenerator[Any, None]:
+        answers: AsyncGenerator[Any, None] = getattr(self._service, method)(request, None)
+        return answers

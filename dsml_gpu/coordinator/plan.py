@@ -59,9 +59,19 @@ def peers_of(
 
 
 def execute_requests(
-    comm_id: int, device_ids: Sequence[int], operations: Sequence[tuple[CollectiveCall, Plan]], stall_timeout_ms: int = 0
+    comm_id: int,
+    device_ids: Sequence[int],
+    operations: Sequence[tuple[CollectiveCall, Plan]],
+    stall_timeout_ms: int = 0,
+    *,
+    atomic: bool = False,
 ) -> list[pb.ExecuteRequest]:
-    """One request for each rank that together run the operations, one after the other, over one stream per pair."""
+    """One request for each rank that together run the operations, one after the other, over one stream per pair.
+
+    Args:
+        atomic: ranks keep what they overwrite until the round is settled.
+    """
+    round_id = new_stream_id() if atomic else 0  # any number that no other round has
     plans = list(dict.fromkeys(plan for _, plan in operations))
     number = {plan: index for index, plan in enumerate(plans)}
     streams = {pair: new_stream_id() for pair in dict.fromkeys(pair for plan in plans for pair in plan.pairs)}
@@ -80,6 +90,7 @@ def execute_requests(
                 for peer in sorted({*sends[rank], *recvs[rank]})
             ],
             stallTimeoutMs=stall_timeout_ms,
+            round=round_id,
         )
         for rank, device_id in enumerate(device_ids)
     ]

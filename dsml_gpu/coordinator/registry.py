@@ -4,40 +4,56 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 
-from dsml_gpu.coordinator.device_handle import DeviceHandle, RemoteConnection
+from dsml_gpu.coordinator.connection import RemoteConnection
+from dsml_gpu.coordinator.device_handle import DeviceHandle
 from dsml_gpu.coordinator.embedded import EmbeddedDevices
+from dsml_gpu.coordinator.heartbeats import DEFAULT_DETECTION, Detection, Watch
 from dsml_gpu.coordinator.plan import MAX_RANKS
 from dsml_gpu.coordinator.server_handle import ServerHandle
+from dsml_gpu.coordinator.signs import RemoteSigns
 from dsml_gpu.errors import DeviceNotFound, DsmlError, InvalidValue, OutOfDevices, PeerUnavailable
-from dsml_gpu.transport.grpc import ChannelPool
+from dsml_gpu.transport.grpc import Peer
 
 log = logging.getLogger(__name__)
 
 
 class DeviceRegistry:
-    """Devices of configured servers, and embedded ones.
+    """Devices of servers that are configured or have registered, and embedded ones.
 
     Args:
-        addresses: host:port of device servers, in the order in which communicators take their devices.
+        addresses: host:port of the configured device servers, in the order in which communicators take their devices.
         embedded: makes devices of this process.
         stall_timeout_s: a copy to or from a device server fails when nothing moves for so long.
+        detection: when a device counts as dead.
 
     Attributes:
-        servers: the configured ones, in that order.
+        servers: the configured ones, in that order, then those that have registered.
+        watches: who tells whether a server is alive, from `start` on.
     """
 
-    def __init__(self, addresses: Sequence[str], embedded: EmbeddedDevices, stall_timeout_s: float) -> None:
-        self._channels = ChannelPool()
+    def __init__(
+        self,
+        addresses: Sequence[str],
+        embedded: EmbeddedDevices,
+        stall_timeout_s: float,
+        detection: Detection = DEFAULT_DETECTION,
+    ) -> None:
         self._embedded = embedded
-        self.servers = [
-            ServerHandle(RemoteConnection(self._channels.stub(address), stall_timeout_s), address) for address in addresses
-        ]
+        self._stall_timeout_s = stall_timeout_s
+        self._detection = detection
+        self._peers: dict[ServerHandle, Peer] = {}
+        self.servers = [self._server_at(address) for address in addresses]
+        self.watches: dict[ServerHandle, Watch] = {}
+        self._registered: set[ServerHandle] = set()
+        #: Addresses of servers that have left, and what is under way of those that leave.
+        self._left: set[str] = set()
+        self._leaving: dict[str, asyncio.Task[None]] = {}
         self._local: list[DeviceHandle] = []
 
     async def start(self, permanent_embedded: int) -> None:
-        """Asks the configured device servers who they are, then makes the embedded devices that stay.
+        """Asks the configured device servers who they are, and watches them; then makes the embedded devices that stay.
 
         Args:
             permanent_embedded: how many; above that they come and go with communicators.
@@ -48,12 +64,134 @@ class DeviceRegistry:
         await self._ask_all()
         for one, other in self._duplicates():
             raise InvalidValue(_same_id(one, other))
+        for server in self.servers:
+            self._watch(server)
         for _ in range(permanent_embedded):
             self._local.append(self._embedded.create(self._ids(), permanent=True))
 
+    # ---- servers that come and go -------------------------------------------------------------------------------------
+
+    async def register(self, address: str) -> ServerHandle:
+        """Takes in a device server, which is from then on like a configured one.
+
+        Returns:
+            The server; the same at every call, also where one of the calls named it otherwise.
+
+        Raises:
+            PeerUnavailable: it cannot be reached at the address.
+            InvalidValue: others have its device ids.
+        """
+        known = self._server(address)
+        server = known or self._server_at(address)
+        try:
+            await server.refresh()
+            if known is None:
+                known = self._taken_in(server)
+                await self._forget_predecessors(known)
+            return known
+        except DsmlError as error:
+            if isinstance(error, InvalidValue):
+                raise
+            raise PeerUnavailable(f"the coordinator cannot reach {address}: {error}") from None
+        finally:
+            if server not in self.servers:
+                await self._close(server)
+
+    async def unregister(self, address: str, retire: Callable[[DeviceHandle], Awaitable[None]]) -> None:
+        """Lets a device server leave; returns when it has. Idempotent.
+
+        Args:
+            retire: has a device's communicators go on without it.
+
+        Raises:
+            DeviceNotFound: there never was one at the address.
+        """
+        server = self._server(address)
+        if server is None:
+            if address in self._left:
+                return
+            raise DeviceNotFound(f"no device server has registered as {address}")
+        if address not in self._leaving:
+            task = self._leaving[address] = asyncio.ensure_future(self._leave(server, retire))
+            task.add_done_callback(lambda _: self._leaving.pop(address, None))
+        await asyncio.shield(self._leaving[address])  # who has asked may be gone before
+
+    def _server(self, address: str) -> ServerHandle | None:
+        return next((server for server in self.servers if server.address == address), None)
+
+    def _server_at(self, address: str) -> ServerHandle:
+        peer = Peer(address)
+        server = ServerHandle(RemoteConnection(peer.stub, self._stall_timeout_s), address, self._detection)
+        self._peers[server] = peer
+        return server
+
+    async def _close(self, server: ServerHandle) -> None:
+        server.close()
+        peer = self._peers.pop(server, None)
+        if peer is not None:
+            await peer.close()
+
+    def _taken_in(self, server: ServerHandle) -> ServerHandle:
+        """Makes a server that has answered one of ours, unless it is already. Raises InvalidValue."""
+        for other in self.servers:
+            if other.address == server.address or other.process_uid == server.process_uid != "":
+                return other
+        ids = {handle.device_id for handle in server.handles}
+        for handle in self._by_right:
+            if handle.device_id in ids and (handle.reachable or handle.comm_ids):
+                raise InvalidValue(_same_id(handle, server.handles[0]))
+        self.servers.append(server)
+        self._registered.add(server)
+        self._left.discard(server.address)
+        self._watch(server)
+        log.info("%s has registered with devices %s", server, _id_list(ids))
+        return server
+
+    async def _forget_predecessors(self, server: ServerHandle) -> None:
+        """Forgets lost servers that had a device of this one, and which nobody but they themselves has named."""
+        ids = {handle.device_id for handle in server.handles}
+        for other in list(self._registered - {server}):
+            if not other.reachable and not other.in_use and ids & {handle.device_id for handle in other.handles}:
+                await self._forget(other)
+
+    async def _forget(self, server: ServerHandle) -> None:
+        self.servers.remove(server)
+        self._registered.discard(server)
+        await self._unwatch(server)
+        await self._close(server)
+
+    async def _leave(self, server: ServerHandle, retire: Callable[[DeviceHandle], Awaitable[None]]) -> None:
+        process_uid, handles = server.process_uid, list(server.handles)
+        for handle in handles:
+            handle.leaving = True
+        await asyncio.gather(*(retire(handle) for handle in handles))
+        for handle in handles:
+            handle.leaving = False
+        if server.process_uid != process_uid:  # the next process is there already
+            return
+        self._left.add(server.address)
+        for handle in handles:
+            if handle.comm_ids:
+                handle.give_up("has left")
+        await self._forget(server)
+        log.info("%s has left", server)
+
+    def _watch(self, server: ServerHandle) -> None:
+        connection = server.connection
+        watch = self.watches[server] = Watch(server, RemoteSigns(server.address, lambda: connection.lane), self._detection)
+        connection.on_lane_end = watch.look_now
+        watch.start()
+
+    async def _unwatch(self, server: ServerHandle) -> None:
+        watch = self.watches.pop(server, None)
+        if watch is not None:
+            await watch.stop()
+
+    # ---- devices ------------------------------------------------------------------------------------------------------
+
     @property
     def handles(self) -> list[DeviceHandle]:
-        """All devices, those of configured servers first."""
+        """All devices, those of servers first."""
         return [*self._remote, *self._local]
 
     @property
@@ -76,7 +214,7 @@ class DeviceRegistry:
         await self._ask_all()
         for one, other in self._duplicates():
             log.warning("%s", _same_id(one, other))
-            other.reachable = False
+            other.answers = False
 
     async def _ask_all(self) -> None:
         for result in await asyncio.gather(*(server.refresh() for server in self.servers), return_exceptions=True):
@@ -118,7 +256,7 @@ class DeviceRegistry:
             PeerUnavailable: there would be, if all configured devices answered.
         """
         await self.refresh()
-        free = [handle for handle in self.handles if handle.reachable and not handle.comm_ids]
+        free = [handle for handle in self.handles if handle.reachable and not handle.comm_ids and not handle.leaving]
         missing = count - len(free)
         room = self._embedded.limit - len(self._embedded)
         if missing > room:
@@ -160,7 +298,9 @@ class DeviceRegistry:
         handles = [self.device(device_id) for device_id in device_ids]
         for handle in handles:
             if not handle.reachable:
-                raise PeerUnavailable(f"{handle} does not answer")
+                raise PeerUnavailable(handle.lost or f"{handle} does not answer")
+            if handle.leaving:
+                raise PeerUnavailable(f"{handle} is about to leave")
         return self._assign(handles, comm_id)
 
     def release(self, handles: Sequence[DeviceHandle], comm_id: int) -> None:
@@ -173,9 +313,11 @@ class DeviceRegistry:
 
     async def close(self) -> None:
         """Closes the connections to device servers."""
+        for task in self._leaving.values():
+            task.cancel()
         for server in self.servers:
-            server.close()
-        await self._channels.close()
+            await self._unwatch(server)
+            await self._close(server)
 
     @staticmethod
     def _assign(handles: list[DeviceHandle], comm_id: int) -> list[DeviceHandle]:

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import asyncio
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from dsml_gpu.coordinator.embedded import DeviceService, EmbeddedDevices, TransferSettings
+from dsml_gpu.coordinator.journal import open_journal
+from dsml_gpu.coordinator.records import KnownServer
 from dsml_gpu.coordinator.registry import DeviceRegistry
 from dsml_gpu.coordinator.service import CoordinatorService, CoordinatorSettings
 from dsml_gpu.memory.backend import NUMPY, Backend
@@ -31,6 +34,7 @@ class CoordinatorConfig:
         memory_bytes: address space of each embedded device.
         backends: where embedded devices have their memory; they take them in turn.
         max_message_bytes: larger messages are refused.
+        state: file with what it must not forget, made where there is none; None: it forgets all when it ends.
     """
 
     host: str = "127.0.0.1"
@@ -40,6 +44,7 @@ class CoordinatorConfig:
     memory_bytes: int = DEFAULT_MEMORY_BYTES
     backends: tuple[Backend, ...] = (NUMPY,)
     max_message_bytes: int = DEFAULT_MAX_MESSAGE_BYTES
+    state: Path | None = None
     settings: CoordinatorSettings = field(default_factory=CoordinatorSettings)
     transfers: TransferSettings = field(default_factory=TransferSettings)
 
@@ -68,15 +73,21 @@ class CoordinatorServer:
         Raises:
             PortInUse: the address cannot be listened on.
             InvalidValue: two device servers have the same device id.
+            JournalUnusable: the file of `CoordinatorConfig.state` is in use, damaged, or of a newer version.
         """
         config = self.config
         self.rpc.bind()
+        self._journal = open_journal(config.state)
+        for address in config.devices:
+            self._journal.put_server(KnownServer(address, registered=False))
         # Embedded devices are peers of others: they are reached at the coordinator's own address.
-        devices = DeviceService(self.rpc.address, config.transfers)
+        devices = self._devices = DeviceService(self.rpc.address, config.transfers)
         self._embedded = EmbeddedDevices(devices, config.embedded_limit, config.memory_bytes, config.backends)
-        self.registry = DeviceRegistry(config.devices, self._embedded, config.settings.stall_timeout_s)
+        self.registry = DeviceRegistry(
+            config.devices, self._embedded, config.settings.stall_timeout_s, config.settings.detection
+        )
         await self.registry.start(config.embedded or 0)
-        self._service = CoordinatorService(self.registry, config.settings)
+        self._service = CoordinatorService(self.registry, config.settings, self._journal)
         self._lane = LaneServer(self._service, "GPUCoordinator")
         await self._lane.start()
         self._service.lane = self._lane.name
@@ -86,7 +97,11 @@ class CoordinatorServer:
     async def stop(self, drain_s: float = 10.0) -> None:
         """Drains, takes leave of all devices, and stops."""
         deadline = asyncio.get_running_loop().time() + drain_s
+        # These calls would be waited for, which end with nothing else.
+        self._service.end_registrations()
+        self._devices.progress.end()
         await asyncio.gather(self.rpc.stop(drain_s), self._lane.stop(drain_s))
         await self._service.close(max(0.0, deadline - asyncio.get_running_loop().time()))
         await self.registry.close()
         await self._embedded.close()
+        self._journal.close()

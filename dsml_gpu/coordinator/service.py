@@ -4,18 +4,24 @@ from __future__ import annotations
 
 import asyncio
 import secrets
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterable
 from contextlib import aclosing
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, TypeVar, runtime_checkable
 
+from dsml_gpu.coordinator import groups
 from dsml_gpu.coordinator.call import CollectiveCall, all_reduce_call, call_of
+from dsml_gpu.coordinator.checkpoints import Checkpoints
 from dsml_gpu.coordinator.choice import Chooser
 from dsml_gpu.coordinator.communicator import Communicator
 from dsml_gpu.coordinator.device_handle import DeviceHandle, pieces
+from dsml_gpu.coordinator.heartbeats import DEFAULT_DETECTION, Detection
+from dsml_gpu.coordinator.journal import Journal
 from dsml_gpu.coordinator.order import Turn
+from dsml_gpu.coordinator.outcomes import Asked, Outcomes
+from dsml_gpu.coordinator.records import KnownCommunicator, KnownServer, Member, Membership
 from dsml_gpu.coordinator.registry import DeviceRegistry
 from dsml_gpu.errors import (
     CommNotFound,
@@ -32,8 +38,12 @@ from dsml_gpu.wire.codec import Chunk
 from dsml_gpu.wire.messages import require
 from dsml_gpu.wire.stubs import DEFAULT_MAX_MESSAGE_BYTES
 
+M = TypeVar("M")
+
 #: Requests that are longer are not remembered.
 _MAX_REMEMBERED_BYTES = 16 << 10
+#: How often a server that has registered hears that it is.
+_REPEAT_REGISTRATION_S = 5.0
 #: A copy by a client itself may take the stall timeout and what it needs at this speed, far below that of any memory.
 _SLOWEST_COPY_BYTES_PER_S = 100e6
 
@@ -49,6 +59,8 @@ class CoordinatorSettings:
         max_message_bytes: of an answer.
         cost_model: by which algorithms are chosen.
         cost_model_file: takes what `SetCostModel` brings; None: it is forgotten when the coordinator ends.
+        detection: when devices count as dead.
+        atomic: see `Communicator`.
     """
 
     transport: int = pb.AUTO
@@ -57,25 +69,44 @@ class CoordinatorSettings:
     max_message_bytes: int = DEFAULT_MAX_MESSAGE_BYTES
     cost_model: CostModel = DEFAULT_COST_MODEL
     cost_model_file: Path | None = None
+    detection: Detection = DEFAULT_DETECTION
+    atomic: bool = True
+
+
+@runtime_checkable
+class Retiring(Protocol):
+    """A communicator that can do without a device."""
+
+    async def retire(self, handle: DeviceHandle) -> None:
+        """Goes on without a device after the operation that runs."""
 
 
 class CoordinatorService:
-    """Servicer of GPUCoordinator."""
+    """Servicer of GPUCoordinator.
 
-    def __init__(self, registry: DeviceRegistry, settings: CoordinatorSettings) -> None:
+    Args:
+        journal: gets what must not be forgotten; its outcomes of operations are still known.
+    """
+
+    def __init__(self, registry: DeviceRegistry, settings: CoordinatorSettings, journal: Journal) -> None:
         self._registry = registry
         self._settings = settings
+        self._journal = journal
+        self._outcomes = Outcomes(journal, journal.load().outcomes)
         self._comms: dict[int, Communicator] = {}
         #: Name of the server's lane; empty where it has none.
         self.lane = ""
         self._chooser = Chooser(settings.cost_model)
+        self._checkpoints = Checkpoints(settings.operation_timeout_s)
         # Devices are chosen after a round of questions to their servers; nobody else may choose meanwhile.
         self._choosing = asyncio.Lock()
+        self._stops = asyncio.Event()
 
     async def close(self, drain_s: float) -> None:
         """Waits for running collectives, cancels what is not done after `drain_s`, and takes leave of all devices."""
         comms = list(self._comms.values())
         await asyncio.gather(*(comm.drain(drain_s) for comm in comms))
+        await self._outcomes.close()
         await asyncio.gather(*(self._destroy(comm) for comm in comms))
 
     def _comm(self, comm_id: int) -> Communicator:
@@ -84,6 +115,17 @@ class CoordinatorService:
             raise CommNotFound(f"no communicator {comm_id}; {len(self._comms)} exist")
         return comm
 
+    async def _once(
+        self,
+        method: str,
+        request: Any,
+        comm_id: int,
+        context: Any,
+        work: Callable[[], Awaitable[M]],
+        keep: Callable[[M], None] | None = None,
+    ) -> M:
+        return await self._outcomes.once(Asked(request.idempotencyKey, comm_id, method), context, work, keep)
+
     def _device(self, message: Any, field: str) -> DeviceHandle:
         require(message, field)
         return self._registry.device(getattr(message, field).value)
@@ -91,6 +133,14 @@ class CoordinatorService:
     # ---- communicators ------------------------------------------------------------------------------------------------
 
     async def CommInit(self, request: pb.CommInitRequest, context: Any) -> pb.CommInitResponse:
+        def keep(answer: pb.CommInitResponse) -> None:
+            one = KnownCommunicator(answer.commId, request.transport or self._settings.transport, 0)
+            self._journal.put_communicator(one)
+            self._journal.put_membership(Membership(one.comm_id, 1, _members(answer.devices)))
+
+        return await self._once("CommInit", request, 0, context, lambda: self._comm_init(request), keep)
+
+    async def _comm_init(self, request: pb.CommInitRequest) -> pb.CommInitResponse:
         if request.numDevices == 0:
             raise InvalidValue("numDevices is 0, expected at least 1")
         if request.deviceIds and len(request.deviceIds) != request.numDevices:
@@ -110,6 +160,7 @@ class CoordinatorService:
             forced_transport=request.transport or self._settings.transport,
             stall_timeout_ms=round(self._settings.stall_timeout_s * 1000),
             operation_timeout_s=self._settings.operation_timeout_s,
+            atomic=self._settings.atomic,
         )
         try:
             await comm.join()
@@ -123,11 +174,12 @@ class CoordinatorService:
 
     async def GetCommStatus(self, request: pb.GetCommStatusRequest, context: Any) -> pb.GetCommStatusResponse:
         status, message = self._comm(request.commId).status
-        return pb.GetCommStatusResponse(status=status, message=message)
+        return pb.GetCommStatusResponse(status=status, message=message, lane=self.lane)
 
     async def CommFinalize(self, request: pb.CommFinalizeRequest, context: Any) -> pb.CommFinalizeResponse:
         comm = self._comm(request.commId)
         await comm.finalize()
+        self._journal.change_communicator(comm.comm_id, finalized=True)
         return pb.CommFinalizeResponse(status=comm.status[0])
 
     async def CommDestroy(self, request: pb.CommDestroyRequest, context: Any) -> pb.CommDestroyResponse:
@@ -136,6 +188,7 @@ class CoordinatorService:
 
     async def _destroy(self, comm: Communicator) -> None:
         await comm.finalize()
+        self._checkpoints.forget(comm.comm_id)
         if self._comms.pop(comm.comm_id, None) is not None:  # otherwise another call was faster
             await asyncio.shield(self._give_back(comm))
 
@@ -144,6 +197,8 @@ class CoordinatorService:
             await comm.leave()
         finally:
             self._registry.release(comm.handles, comm.comm_id)
+            # Last: until then a client's second try finds it, and its memory is not left behind.
+            self._journal.forget_communicator(comm.comm_id)
 
     async def ListDevices(self, request: pb.ListDevicesRequest, context: Any) -> pb.ListDevicesResponse:
         await self._registry.refresh()
@@ -159,6 +214,37 @@ class CoordinatorService:
             ]
         )
 
+    async def RegisterDevices(
+        self, request: pb.RegisterDevicesRequest, context: Any
+    ) -> AsyncGenerator[pb.RegisterDevicesResponse, None]:
+        if not request.address:
+            raise InvalidValue("address is empty, expected host:port")
+        stops = asyncio.ensure_future(self._stops.wait())
+        try:
+            while not stops.done():
+                server = await self._registry.register(request.address)
+                self._journal.put_server(KnownServer(server.address, registered=True))
+                yield pb.RegisterDevicesResponse(deviceIds=[handle.device_id for handle in server.handles])
+                # Said again and again: the server is to notice when this end is gone without a word.
+                await asyncio.wait([stops], timeout=_REPEAT_REGISTRATION_S)
+        finally:
+            stops.cancel()
+
+    def end_registrations(self) -> None:
+        """The coordinator stops: the registered servers are to look for the next one."""
+        self._stops.set()
+
+    async def UnregisterDevices(self, request: pb.UnregisterDevicesRequest, context: Any) -> pb.UnregisterDevicesResponse:
+        await self._registry.unregister(request.address, self._retire)
+        self._journal.forget_server(request.address)
+        return pb.UnregisterDevicesResponse()
+
+    async def _retire(self, handle: DeviceHandle) -> None:
+        """Has all communicators of a device go on without it."""
+        for comm in [self._comms[comm_id] for comm_id in sorted(handle.comm_ids) if comm_id in self._comms]:
+            if isinstance(comm, Retiring):
+                await comm.retire(handle)
+
     # ---- collectives --------------------------------------------------------------------------------------------------
 
     async def GroupStart(self, request: pb.GroupStartRequest, context: Any) -> pb.GroupStartResponse:
@@ -166,31 +252,55 @@ class CoordinatorService:
         return pb.GroupStartResponse(success=True)
 
     async def GroupEnd(self, request: pb.GroupEndRequest, context: Any) -> pb.GroupEndResponse:
+        return await self._once("GroupEnd", request, request.commId, context, lambda: self._group_end(request))
+
+    async def _group_end(self, request: pb.GroupEndRequest) -> pb.GroupEndResponse:
         comm = self._comm(request.commId)
         if request.discard:
             comm.group_discard()
             return pb.GroupEndResponse(success=True)
-        result = await comm.group_end(wait=not request.nonBlocking)
+        wait = not request.nonBlocking
+        if request.operations:
+            result = await groups.run_group(comm, [self._call(comm, one) for one in request.operations], wait)
+        else:
+            result = await comm.group_end(wait)
         return pb.GroupEndResponse(success=True, result=result)
 
     async def AllReduceRing(self, request: pb.AllReduceRingRequest, context: Any) -> pb.AllReduceRingResponse:
-        result = await self._all_reduce("ring", request.commId, request, request.memAddrs)
-        return pb.AllReduceRingResponse(success=True, result=result)
+        async def run() -> pb.AllReduceRingResponse:
+            result = await self._all_reduce("ring", request.commId, request, request.memAddrs)
+            return pb.AllReduceRingResponse(success=True, result=result)
+
+        return await self._once("AllReduceRing", request, request.commId, context, run)
 
     async def NaiveAllReduce(self, request: pb.NaiveAllReduceRequest, context: Any) -> pb.NaiveAllReduceResponse:
-        result = await self._all_reduce("naive", request.comm_id, request, request.mem_addrs)
-        return pb.NaiveAllReduceResponse(success=True, result=result)
+        async def run() -> pb.NaiveAllReduceResponse:
+            result = await self._all_reduce("naive", request.comm_id, request, request.mem_addrs)
+            return pb.NaiveAllReduceResponse(success=True, result=result)
+
+        return await self._once("NaiveAllReduce", request, request.comm_id, context, run)
 
     async def _all_reduce(self, algorithm: str, comm_id: int, request: Any, addrs: Any) -> pb.CollectiveResult | None:
         comm = self._comm(comm_id)
         return await comm.submit(all_reduce_call(algorithm, comm.nranks, request, addrs))
 
     async def Collective(self, request: pb.CollectiveRequest, context: Any) -> pb.CollectiveResponse:
-        comm = self._comm(request.commId)
+        async def run() -> pb.CollectiveResponse:
+            comm = self._comm(request.commId)
+            return pb.CollectiveResponse(success=True, result=await comm.submit(self._call(comm, request)))
+
+        if request.checkOnly:
+            comm = self._comm(request.commId)
+            await groups.check(comm, self._call(comm, request))
+            return pb.CollectiveResponse(success=True)
+        return await self._once("Collective", request, request.commId, context, run)
+
+    @staticmethod
+    def _call(comm: Communicator, request: pb.CollectiveRequest) -> CollectiveCall:
+        request.ClearField("idempotencyKey")  # by which no two requests would be the same
         message = request.SerializeToString()
         known = len(message) <= _MAX_REMEMBERED_BYTES
-        result = await comm.submit(_call_of(message, comm.nranks) if known else call_of(request, comm.nranks))
-        return pb.CollectiveResponse(success=True, result=result)
+        return _call_of(message, comm.nranks) if known else call_of(request, comm.nranks)
 
     async def GetCostModel(self, request: pb.GetCostModelRequest, context: Any) -> pb.GetCostModelResponse:
         return pb.GetCostModelResponse(json=self._chooser.model.to_json())
@@ -207,6 +317,16 @@ class CoordinatorService:
             except OSError as error:
                 raise InternalError(f"the cost model is in use, but was not kept: {error}") from error
         return pb.SetCostModelResponse()
+
+    # ---- checkpoints --------------------------------------------------------------------------------------------------
+
+    async def Checkpoint(self, request: pb.CheckpointRequest, context: Any) -> AsyncGenerator[pb.CheckpointProgress, None]:
+        async with aclosing(self._checkpoints.save(self._comm(request.commId), request)) as answers:
+            async for answer in answers:
+                yield answer
+
+    async def Restore(self, request: pb.RestoreRequest, context: Any) -> pb.RestoreResponse:
+        return await self._checkpoints.restore(self._comm(request.commId), request)
 
     # ---- memory -------------------------------------------------------------------------------------------------------
 
@@ -299,15 +419,21 @@ class CoordinatorService:
         return Turn([handle], self._settings.operation_timeout_s)
 
     async def Malloc(self, request: pb.MallocRequest, context: Any) -> pb.MallocResponse:
-        handle = self._device(request, "deviceId")
-        if request.commId and request.commId not in handle.comm_ids:
-            raise CommNotFound(f"{handle} is in no communicator {request.commId}")
-        response: pb.MallocResponse = await handle.call("Malloc", request)
-        return response
+        async def run() -> pb.MallocResponse:
+            handle = self._device(request, "deviceId")
+            if request.commId and request.commId not in handle.comm_ids:
+                raise CommNotFound(f"{handle} is in no communicator {request.commId}")
+            response: pb.MallocResponse = await handle.call("Malloc", request)
+            return response
+
+        return await self._once("Malloc", request, request.commId, context, run)
 
     async def Free(self, request: pb.FreeRequest, context: Any) -> pb.FreeResponse:
-        response: pb.FreeResponse = await self._device(request, "deviceId").call("Free", request)
-        return response
+        async def run() -> pb.FreeResponse:
+            response: pb.FreeResponse = await self._device(request, "deviceId").call("Free", request)
+            return response
+
+        return await self._once("Free", request, request.commId, context, run)
 
 
 @lru_cache(maxsize=1024)
@@ -327,6 +453,10 @@ async def _checked(handle: DeviceHandle, addr: int, announced: int, chunks: Asyn
         yield chunk
     if announced and total != announced:
         raise StreamLength(f"{announced} bytes were announced, {total} came")
+
+
+def _members(devices: Iterable[pb.DeviceMetadata]) -> tuple[Member, ...]:
+    return tuple(Member(device.deviceId.value, device.address, device.processUid) for device in devices)
 
 
 def write_whole(path: Path, text: str) -> None:

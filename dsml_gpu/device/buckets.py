@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from dsml_gpu.device.undo import Undo
 from dsml_gpu.memory.arena import Arena
 from dsml_gpu.memory.device_memory import DeviceNDArray
 
@@ -34,10 +35,17 @@ def gathered(pieces: Sequence[Piece], arena: Arena) -> DeviceNDArray:
     return bucket
 
 
-def spread(pieces: Sequence[Piece], bucket: DeviceNDArray, arena: Arena) -> None:
-    """Brings the results to where each belongs."""
+def spread(pieces: Sequence[Piece], bucket: DeviceNDArray, arena: Arena, undo: Undo | None) -> None:
+    """Brings the results to where each belongs.
+
+    Args:
+        undo: gets what is overwritten; None: it is lost.
+    """
     start = 0
     for piece in pieces:
         if piece.recv is not None and piece.nbytes:
-            arena.memory.copy(arena.view(piece.recv, piece.nbytes), bucket[start : start + piece.nbytes])
+            place = arena.view(piece.recv, piece.nbytes)
+            if undo is not None:
+                undo.keep(place)
+            arena.memory.copy(place, bucket[start : start + piece.nbytes])
         start += piece.nbytes

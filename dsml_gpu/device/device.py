@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Protocol
 
+from dsml_gpu.device.undo import SparePieces
 from dsml_gpu.errors import CommNotFound, InvalidValue
 from dsml_gpu.memory.allocator import Allocator
 from dsml_gpu.memory.arena import Arena
@@ -87,6 +88,7 @@ class Device:
         self.arena = arena
         self.allocator = Allocator(arena.min_addr, arena.max_addr)
         self._reducer: Reducer | None = None
+        self._spare_pieces: SparePieces | None = None
         self._memberships: dict[int, Membership] = {}
 
     @property
@@ -95,6 +97,13 @@ class Device:
         if self._reducer is None:
             self._reducer = _reducer_of(self.arena)
         return self._reducer
+
+    @property
+    def spare_pieces(self) -> SparePieces:
+        """Memory for what operations overwrite."""
+        if self._spare_pieces is None:
+            self._spare_pieces = SparePieces(self.arena.memory)
+        return self._spare_pieces
 
     def join(self, membership: Membership) -> None:
         """Enters a communicator; replaces what the device knew of it."""

@@ -23,9 +23,12 @@ from typing import Any
 
 import numpy as np
 
+from dsml_gpu import failpoints
 from dsml_gpu.device.buckets import Piece, gathered, spread
 from dsml_gpu.device.dataflow import Access, Dataflow
-from dsml_gpu.device.device import Device
+from dsml_gpu.device.device import Device, Membership
+from dsml_gpu.device.progress import Progress
+from dsml_gpu.device.undo import Undo
 from dsml_gpu.errors import DsmlError, OperationAborted, OperationTimeout, OutOfMemory
 from dsml_gpu.memory.arena import Arena
 from dsml_gpu.memory.device_memory import DeviceNDArray
@@ -91,26 +94,39 @@ class GroupExecution:
 
     Args:
         device: the rank's; its reducer is ready for the operations.
-        nranks: what an average divides by.
+        membership: the device's place among the ranks.
         links: open links to all peers of the programs; finished or aborted when `run` ends.
         slice_bytes: chunks are cut into pieces of this size; a multiple of every item size.
         stall_timeout_s: `run` gives up when no slice has come or gone for so long.
+        progress: counts the slices that come and go.
+        undo: gets what is overwritten; None: it is lost.
     """
 
-    def __init__(self, device: Device, nranks: int, links: Links, slice_bytes: int, stall_timeout_s: float) -> None:
+    def __init__(
+        self,
+        device: Device,
+        membership: Membership,
+        links: Links,
+        slice_bytes: int,
+        stall_timeout_s: float,
+        progress: Progress,
+        undo: Undo | None = None,
+    ) -> None:
         self._arena = device.arena
         self._memory = device.arena.memory
         self._reducer = device.reducer
-        self._nranks = nranks
+        self._rank, self._nranks = membership.rank, membership.nranks
         self._links = links
         self._slice_bytes = slice_bytes
         self._stall_timeout_s = stall_timeout_s
+        self._progress = progress
+        self._undo = undo
         self._slices_moved = 0
         self._waiting: dict[str, str] = {}
         self.bytes_sent = 0
 
     async def run(self, operations: Sequence[Operation]) -> None:
-        """Runs the group; on return every output holds its result, on an exception none is defined.
+        """Runs the group; on return every output holds its result. On an exception none is defined, but for `undo`.
 
         Raises:
             OperationTimeout: nothing moved for the stall timeout; the message says what was waited for.
@@ -153,7 +169,7 @@ class GroupExecution:
         buckets = {
             number: gathered(block.pieces, self._arena) for number, block in enumerate(operation.blocks) if block.pieces
         }
-        slices = _Slices(operation, self._arena, self._reducer, self._slice_bytes, self._nranks, buckets)
+        slices = _Slices(operation, self._arena, self._reducer, self._slice_bytes, self._nranks, buckets, self._undo)
         outboxes = [
             _Outbox(self._links.send[peer], accesses, slices, self._count_sent) for peer, accesses in flow.sends.items()
         ]
@@ -172,12 +188,17 @@ class GroupExecution:
         for piece in slices:
             await piece.until_read()
         for number, bucket in buckets.items():
-            spread(operation.blocks[number].pieces, bucket, self._arena)
+            spread(operation.blocks[number].pieces, bucket, self._arena, self._undo)
 
     def _count_sent(self, piece: _Slice) -> None:
         self.bytes_sent += piece.nbytes
-        self._slices_moved += 1
+        self._count_moved()
         piece.count_read()
+
+    def _count_moved(self) -> None:
+        self._slices_moved += 1
+        self._progress.add()
+        failpoints.reach("execute.slice", rank=self._rank)
 
     async def _receive(self, link: RecvLink, accesses: Sequence[Access], slices: _Slices, outboxes: list[_Outbox]) -> None:
         source = f"rank {accesses[0].move.peer}"
@@ -196,7 +217,7 @@ class GroupExecution:
                         own = self._memory.clone(data) if link.lends else data
                         kept.append(asyncio.ensure_future(self._apply_later(access, piece, own, slices, outboxes)))
                     link.release()
-                    self._slices_moved += 1
+                    self._count_moved()
                     for outbox in outboxes:
                         outbox.send_what_is_ready()
                 for task in kept:
@@ -248,6 +269,7 @@ class _Slices:
         slice_bytes: chunks are cut into pieces of this size.
         nranks: what an average divides by.
         buckets: memory of the blocks that have pieces, by their numbers.
+        undo: gets what is overwritten of the operation's buffers; None: it is lost.
     """
 
     def __init__(
@@ -258,7 +280,9 @@ class _Slices:
         slice_bytes: int,
         nranks: int,
         buckets: Mapping[int, DeviceNDArray],
+        undo: Undo | None,
     ) -> None:
+        self._undo = undo
         self._operation = operation
         self._memory = arena.memory
         self._reducer = reducer
@@ -319,7 +343,7 @@ class _Slices:
                 if not piece.is_weighed:
                     self._weigh(piece)
                 elif piece.content is not None:
-                    self._memory.copy(piece.target, piece.content)
+                    self._memory.copy(self._target(piece), piece.content)
                 await asyncio.sleep(0)  # others are served between two slices
 
     def _weigh(self, piece: _Slice) -> None:
@@ -332,8 +356,13 @@ class _Slices:
         piece.is_weighed = True
 
     def _target(self, piece: _Slice) -> DeviceNDArray:
+        """Where to write, now."""
         if piece.target is None:
             piece.target = self._memory.scratch(piece.nbytes)
+        elif piece.is_output:
+            piece.is_output = False
+            if self._undo is not None:
+                self._undo.keep(piece.target)
         return piece.target
 
 
@@ -344,12 +373,25 @@ class _Slice:
         content: what it holds: the rank's input before the first write; None: nothing.
         target: where what is written goes; None: memory that is taken at the first write.
         all_reads: how often it is read in all.
+        is_output: the target is memory of the caller's that was not written yet.
         is_weighed: the rank's weight is in the content.
         issued: how many of its reads are under way or over; from then on they read what it held at that moment.
         reads, writes: how many are over.
     """
 
-    __slots__ = ("_waiters", "all_reads", "content", "is_weighed", "issued", "nbytes", "passes", "reads", "target", "writes")
+    __slots__ = (
+        "_waiters",
+        "all_reads",
+        "content",
+        "is_output",
+        "is_weighed",
+        "issued",
+        "nbytes",
+        "passes",
+        "reads",
+        "target",
+        "writes",
+    )
 
     def __init__(
         self,
@@ -358,12 +400,14 @@ class _Slice:
         target: DeviceNDArray | None,
         all_reads: int,
         is_weighed: bool,
+        is_output: bool,
     ) -> None:
         self.nbytes = nbytes
         self.content = content
         self.target = target
         self.all_reads = all_reads
         self.is_weighed = is_weighed
+        self.is_output = is_output
         self.passes = target is None
         self.issued = 0
         self.reads = 0
@@ -429,7 +473,8 @@ def _cut(operation: Operation, arena: Arena, slice_bytes: int, buckets: Mapping[
                 if operation.copies_input and content is not None:
                     content = arena.memory.clone(content)
                 is_weighed = operation.weight is None or content is None
-                pieces.append(_Slice(nbytes, content, target, all_reads, is_weighed))
+                is_output = target is not None and block_number not in buckets
+                pieces.append(_Slice(nbytes, content, target, all_reads, is_weighed, is_output))
             chunks.append(pieces)
     return chunks
 

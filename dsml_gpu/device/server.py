@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import asyncio
+import re
 import socket
 import zlib
 from dataclasses import dataclass, field
 
 from dsml_gpu.device.device import Device
+from dsml_gpu.device.registration import Registration
 from dsml_gpu.device.service import DeviceService, TransferSettings
 from dsml_gpu.memory.arena import Arena
 from dsml_gpu.memory.backend import NUMPY, Backend
 from dsml_gpu.wire.lane import LaneServer
 from dsml_gpu.wire.server import RpcServer
 from dsml_gpu.wire.stubs import DEFAULT_MAX_MESSAGE_BYTES
+
+_ADDRESS = re.compile(r"(\[[0-9a-fA-F:.%]+\]|[^\s:\[\]]+):\d{1,5}")
+#: Hosts that stand for all addresses of the machine.
+_EVERYWHERE = ("", "0.0.0.0", "::", "[::]")
 
 
 @dataclass(frozen=True)
@@ -27,6 +33,9 @@ class DeviceConfig:
         memory_bytes: size of each device's memory.
         min_addr: address of its first byte.
         backends: where device memory is: one device for each, in this order. One may stand several times.
+        coordinator: host:port of the one that it registers with; empty: none.
+        advertised: host:port at which the coordinator and peers reach it; empty: where it listens, or where that is
+            everywhere, the address from which it reaches the coordinator.
 
     Raises:
         ValueError: no backends, or ids outside 1 .. 2**64 - 1.
@@ -38,6 +47,8 @@ class DeviceConfig:
     memory_bytes: int = 1 << 30
     min_addr: int = 0
     backends: tuple[Backend, ...] = (NUMPY,)
+    coordinator: str = ""
+    advertised: str = ""
     max_message_bytes: int = DEFAULT_MAX_MESSAGE_BYTES
     transfers: TransferSettings = field(default_factory=TransferSettings)
 
@@ -46,6 +57,11 @@ class DeviceConfig:
             raise ValueError("a device server needs at least one backend")
         if self.device_id is not None and not 1 <= self.device_id <= (1 << 64) - len(self.backends):
             raise ValueError(f"{len(self.backends)} device ids from {self.device_id} on are not all within 1 .. 2**64 - 1")
+        for name, address in (("coordinator", self.coordinator), ("advertised", self.advertised)):
+            if address and not _ADDRESS.fullmatch(address):
+                raise ValueError(f"{name} is {address!r}, expected HOST:PORT")
+        if self.advertised and not self.coordinator:
+            raise ValueError("an address is advertised, but no coordinator is named")
 
 
 class DeviceServer:
@@ -59,6 +75,7 @@ class DeviceServer:
         self.config = config
         self.rpc = RpcServer(config.host, config.port, config.max_message_bytes)
         self.devices: tuple[Device, ...] = ()
+        self._registration: Registration | None = None
 
     @property
     def address(self) -> str:
@@ -87,9 +104,18 @@ class DeviceServer:
         await self._lane.start()
         self._service.lane = self._lane.name
         await self.rpc.start({"GPUDevice": self._service}, config.transfers.stall_timeout_s)
+        if config.coordinator:
+            advertised = config.advertised or (None if config.host in _EVERYWHERE else self.rpc.address)
+            self._registration = Registration(config.coordinator, advertised, self.rpc.port)
+            self._registration.start()
 
     async def stop(self, drain_s: float = 10.0) -> None:
-        """Drains and stops."""
+        """Leaves the coordinator, drains and stops, all within about `drain_s`."""
+        deadline = asyncio.get_running_loop().time() + drain_s
+        if self._registration is not None:
+            await self._registration.leave(drain_s)
+        self._service.progress.end()
+        drain_s = max(0.0, deadline - asyncio.get_running_loop().time())
         await asyncio.gather(self.rpc.stop(drain_s), self._lane.stop(drain_s))
         await self._service.close()
 

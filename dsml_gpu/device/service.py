@@ -9,16 +9,21 @@ import secrets
 import socket
 from collections import defaultdict, deque
 from collections.abc import AsyncGenerator, AsyncIterator
+from contextlib import aclosing
 from dataclasses import dataclass, field
 from typing import Any
 
+from dsml_gpu import failpoints
 from dsml_gpu.device.dataflow import Dataflow
 from dsml_gpu.device.device import Device, Membership, Peer, RankMemory
 from dsml_gpu.device.executor import GroupExecution, Links
 from dsml_gpu.device.passes import run_passes
 from dsml_gpu.device.point_to_point import PointToPoint
 from dsml_gpu.device.preparation import Preparation
+from dsml_gpu.device.progress import Progress
 from dsml_gpu.device.requests import check_slice_bytes, dataflow_of_wire, moved_bytes, operations_of, pass_of
+from dsml_gpu.device.shards import load_shard, save_shard
+from dsml_gpu.device.undo import Undo
 from dsml_gpu.errors import (
     CommNotReady,
     DeviceNotFound,
@@ -98,10 +103,14 @@ class DeviceService:
         self._cores = usable_cores()
         #: Name of the server's lane; empty where it has none.
         self.lane = ""
+        #: What executions count their slices and passes in.
+        self.progress = Progress()
         self._timer = Timer()
         self._emulated: dict[int, DeviceLink] = {}  # by device id
         #: What runs, by device and communicator.
         self._executing: defaultdict[tuple[int, int], set[asyncio.Task[Any]]] = defaultdict(set)
+        #: By device and communicator, the last atomic round that is done here, and what it has overwritten.
+        self._unsettled: dict[tuple[int, int], tuple[int, Undo]] = {}
         self._incoming = IncomingTable(self._settings.stall_timeout_s, self._timer if self._settings.link.emulated else None)
         self._data_port = DataPort(self._incoming, listening_host(address))
         self._pipes = PipeTable(self._settings.stall_timeout_s)
@@ -248,15 +257,38 @@ class DeviceService:
         )
 
     async def Quiesce(self, request: pb.QuiesceRequest, context: Any) -> pb.QuiesceResponse:
-        running = self._executing.get((self._device(request.deviceId).device_id, request.commId), set()).copy()
-        for task in running:
-            task.cancel()
-        if running:
-            await asyncio.wait(running)
+        if request.settlement not in pb.QuiesceRequest.Settlement.values():
+            raise InvalidValue(f"unknown settlement {request.settlement}")
+        key = (self._device(request.deviceId).device_id, request.commId)
+        if request.settlement != pb.QuiesceRequest.COMMIT:
+            running = self._executing.get(key, set()).copy()
+            for task in running:
+                task.cancel()
+            if running:
+                await asyncio.wait(running)
+        if request.settlement != pb.QuiesceRequest.UNSETTLED:
+            round_id, undo = self._unsettled.get(key, (0, None))
+            if undo is not None and round_id == request.round:
+                del self._unsettled[key]
+                if request.settlement == pb.QuiesceRequest.ROLL_BACK:
+                    await undo.roll_back()
+                undo.forget()
         return pb.QuiesceResponse()
 
+    async def Heartbeat(self, request: pb.HeartbeatRequest, context: Any) -> AsyncGenerator[pb.HeartbeatResponse, None]:
+        if request.intervalMs == 0:
+            raise InvalidValue("intervalMs is 0, expected at least 1")
+        async with aclosing(self.progress.beats(request.intervalMs / 1000, self._count_executing)) as beats:
+            async for beat in beats:
+                yield beat
+
+    def _count_executing(self) -> int:
+        return sum(map(len, self._executing.values()))
+
     async def LeaveComm(self, request: pb.LeaveCommRequest, context: Any) -> pb.LeaveCommResponse:
-        self._device(request.deviceId).leave(request.commId)
+        device = self._device(request.deviceId)
+        device.leave(request.commId)
+        self._unsettled.pop((device.device_id, request.commId), None)
         return pb.LeaveCommResponse()
 
     async def Execute(self, request: pb.ExecuteRequest, context: Any) -> pb.ExecuteResponse:
@@ -267,6 +299,7 @@ class DeviceService:
         running = self._executing[device.device_id, request.commId]
         running.add(task)
         try:
+            failpoints.reach("execute.begin", rank=membership.rank)
             bytes_sent = await self._run_passes(device, membership, request)
             if request.operations or not request.passes:
                 bytes_sent += await self._run_operations(device, membership, request)
@@ -286,6 +319,7 @@ class DeviceService:
         ):
             await self._preparation.begin(device.reducer, operator, dtype, sources, destinations, weighted=weighted)
         await run_passes(device, passes)
+        self.progress.add(len(passes))
         return sum(map(moved_bytes, request.passes))
 
     async def _run_operations(self, device: Device, membership: Membership, request: pb.ExecuteRequest) -> int:
@@ -299,8 +333,21 @@ class DeviceService:
                 weighted = operation.weight is not None
                 await self._preparation.begin(device.reducer, operation.operator, operation.dtype, weighted=weighted)
         links = self._open_links(device, membership, request.links, flows)
-        execution = GroupExecution(device, membership.nranks, links, slice_bytes, stall_timeout_s)
-        await execution.run(operations)
+        key = (device.device_id, request.commId)
+        _, last = self._unsettled.pop(key, (0, None))
+        if last is not None:  # this is another round: that one has ended well everywhere
+            last.forget()
+        undo = Undo(device.spare_pieces) if request.round else None
+        execution = GroupExecution(device, membership, links, slice_bytes, stall_timeout_s, self.progress, undo)
+        try:
+            await execution.run(operations)
+        except BaseException:
+            if undo is not None:
+                await undo.roll_back()
+            raise
+        if undo is not None:
+            self._unsettled[key] = request.round, undo
+        failpoints.reach("execute.done", rank=membership.rank)
         return execution.bytes_sent
 
     def _open_links(self, device: Device, membership: Membership, links: Any, flows: list[Dataflow]) -> Links:
@@ -336,6 +383,14 @@ class DeviceService:
             return self._pipes.open_recv(stream_id, device.arena.memory)
         incoming = self._incoming.claim(stream_id, link=self._emulated.get(device.device_id))
         return GrpcRecvLink(incoming, device.arena.memory, str(peer))
+
+    async def SaveShard(self, request: pb.SaveShardRequest, context: Any) -> AsyncGenerator[pb.SaveShardResponse, None]:
+        async with aclosing(save_shard(self._device(request.deviceId), request)) as answers:
+            async for answer in answers:
+                yield answer
+
+    async def LoadShard(self, request: pb.LoadShardRequest, context: Any) -> pb.LoadShardResponse:
+        return await load_shard(self._device(request.deviceId), request)
 
     async def Malloc(self, request: pb.MallocRequest, context: Any) -> pb.MallocResponse:
         addr = self._device(request.deviceId.value).allocator.malloc(request.numBytes, request.commId)

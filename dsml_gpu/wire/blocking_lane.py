@@ -11,6 +11,7 @@ from typing import Any
 from dsml_gpu.errors import NoAnswer, Unavailable
 from dsml_gpu.wire.lane import (
     ANSWER,
+    CANCEL,
     HEADER,
     REQUEST,
     answer_of,
@@ -51,20 +52,22 @@ class BlockingLanes:
         payload = request_payload(method, request)
         deadline_s = time.monotonic() + timeout_s
         lane = self._take()
+        sent = False
         try:
-            # Each lane carries one call at a time, so calls need no numbers. Closing it cancels the call at the server.
+            # Each lane carries one call at a time, so calls need no numbers.
             lane.settimeout(timeout_s)
             lane.sendall(HEADER.pack(len(payload), 0, REQUEST) + payload)
+            sent = True
             length, _, kind = HEADER.unpack(_receive(lane, HEADER.size, deadline_s))
             answer = _receive(lane, length, deadline_s)
         except TimeoutError:
-            lane.close()
+            _give_up(lane, sent)
             raise NoAnswer("no answer before the call's deadline") from None
         except OSError as error:
             lane.close()
             raise Unavailable(f"the connection broke: {error}") from None
         except BaseException:
-            lane.close()
+            _give_up(lane, sent)
             raise
         self._give_back(lane)
         if kind == ANSWER:
@@ -109,6 +112,15 @@ class BlockingLanes:
                 self._idle.append(lane)
                 return
         lane.close()
+
+
+def _give_up(lane: socket.socket, sent: bool) -> None:
+    """Closes a lane whose call nobody waits for any more, and says so: that it ends could also be an accident."""
+    if sent:  # otherwise the frame would pass for the rest of the request
+        with suppress(OSError):
+            lane.settimeout(0)
+            lane.sendall(HEADER.pack(0, 0, CANCEL))
+    lane.close()
 
 
 def _is_quiet(lane: socket.socket) -> bool:

@@ -187,8 +187,8 @@ class GPUDeviceServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def Quiesce(self, request, context):
-        """Answers when no Execute of the communicator runs here any more; those that do are aborted, and tell what they waited
-        for. Also settles what an atomic round did to this device's memory. Idempotent.
+        """Answers when no Execute of the communicator runs here any more; those that do are aborted. Also settles what an atomic
+        round did to this device's memory; to COMMIT one aborts nothing. Idempotent. Errors: INVALID_ARGUMENT.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -733,11 +733,6 @@ class GPUCoordinatorStub(object):
                 request_serializer=dsml__gpu_dot_wire_dot_gpu__sim__pb2.StreamDeviceToHostRequest.SerializeToString,
                 response_deserializer=dsml__gpu_dot_wire_dot_gpu__sim__pb2.DataChunk.FromString,
                 )
-        self.CommGrow = channel.unary_unary(
-                '/gpu_sim.GPUCoordinator/CommGrow',
-                request_serializer=dsml__gpu_dot_wire_dot_gpu__sim__pb2.CommGrowRequest.SerializeToString,
-                response_deserializer=dsml__gpu_dot_wire_dot_gpu__sim__pb2.CommGrowResponse.FromString,
-                )
         self.RegisterDevices = channel.unary_stream(
                 '/gpu_sim.GPUCoordinator/RegisterDevices',
                 request_serializer=dsml__gpu_dot_wire_dot_gpu__sim__pb2.RegisterDevicesRequest.SerializeToString,
@@ -795,8 +790,9 @@ class GPUCoordinatorServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def GroupEnd(self, request, context):
-        """Runs the group in the order in which it was queued, as one round of control messages.
-        Errors: NOT_FOUND, FAILED_PRECONDITION (none is open), and whatever the operations end with.
+        """Runs the group in the order in which it was queued, as one round of control messages; or one that the request brings.
+        Errors: NOT_FOUND, FAILED_PRECONDITION (none is open, or one is and the request brings another), and whatever the
+        operations end with.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -904,16 +900,8 @@ class GPUCoordinatorServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
-    def CommGrow(self, request, context):
-        """Takes more devices into a communicator, between two operations: they get the ranks behind the last one. They belong to
-        it as if CommInit had named them. Errors: as CommInit; NOT_FOUND (comm), FAILED_PRECONDITION (a group is open).
-        """
-        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
-        context.set_details('Method not implemented!')
-        raise NotImplementedError('Method not implemented!')
-
     def RegisterDevices(self, request, context):
-        """A device server makes its devices known, for the next CommInit or CommGrow. The coordinator answers once it has reached
+        """A device server makes its devices known, for the next CommInit. The coordinator answers once it has reached
         the server at the address, and keeps the call open: when it ends, the coordinator has, and the server registers anew.
         Errors: UNAVAILABLE (the coordinator cannot reach the address), INVALID_ARGUMENT (device ids are taken).
         """
@@ -1045,11 +1033,6 @@ def add_GPUCoordinatorServicer_to_server(servicer, server):
                     servicer.StreamDeviceToHost,
                     request_deserializer=dsml__gpu_dot_wire_dot_gpu__sim__pb2.StreamDeviceToHostRequest.FromString,
                     response_serializer=dsml__gpu_dot_wire_dot_gpu__sim__pb2.DataChunk.SerializeToString,
-            ),
-            'CommGrow': grpc.unary_unary_rpc_method_handler(
-                    servicer.CommGrow,
-                    request_deserializer=dsml__gpu_dot_wire_dot_gpu__sim__pb2.CommGrowRequest.FromString,
-                    response_serializer=dsml__gpu_dot_wire_dot_gpu__sim__pb2.CommGrowResponse.SerializeToString,
             ),
             'RegisterDevices': grpc.unary_stream_rpc_method_handler(
                     servicer.RegisterDevices,
@@ -1373,23 +1356,6 @@ class GPUCoordinator(object):
         return grpc.experimental.unary_stream(request, target, '/gpu_sim.GPUCoordinator/StreamDeviceToHost',
             dsml__gpu_dot_wire_dot_gpu__sim__pb2.StreamDeviceToHostRequest.SerializeToString,
             dsml__gpu_dot_wire_dot_gpu__sim__pb2.DataChunk.FromString,
-            options, channel_credentials,
-            insecure, call_credentials, compression, wait_for_ready, timeout, metadata)
-
-    @staticmethod
-    def CommGrow(request,
-            target,
-            options=(),
-            channel_credentials=None,
-            call_credentials=None,
-            insecure=False,
-            compression=None,
-            wait_for_ready=None,
-            timeout=None,
-            metadata=None):
-        return grpc.experimental.unary_unary(request, target, '/gpu_sim.GPUCoordinator/CommGrow',
-            dsml__gpu_dot_wire_dot_gpu__sim__pb2.CommGrowRequest.SerializeToString,
-            dsml__gpu_dot_wire_dot_gpu__sim__pb2.CommGrowResponse.FromString,
             options, channel_credentials,
             insecure, call_credentials, compression, wait_for_ready, timeout, metadata)
 

@@ -114,8 +114,8 @@ class GPUDeviceStub:
         dsml_gpu.wire.gpu_sim_pb2.QuiesceRequest,
         dsml_gpu.wire.gpu_sim_pb2.QuiesceResponse,
     ]
-    """Answers when no Execute of the communicator runs here any more; those that do are aborted, and tell what they waited
-    for. Also settles what an atomic round did to this device's memory. Idempotent.
+    """Answers when no Execute of the communicator runs here any more; those that do are aborted. Also settles what an atomic
+    round did to this device's memory; to COMMIT one aborts nothing. Idempotent. Errors: INVALID_ARGUMENT.
     """
 
     Heartbeat: grpc.UnaryStreamMultiCallable[
@@ -252,8 +252,8 @@ class GPUDeviceAsyncStub:
         dsml_gpu.wire.gpu_sim_pb2.QuiesceRequest,
         dsml_gpu.wire.gpu_sim_pb2.QuiesceResponse,
     ]
-    """Answers when no Execute of the communicator runs here any more; those that do are aborted, and tell what they waited
-    for. Also settles what an atomic round did to this device's memory. Idempotent.
+    """Answers when no Execute of the communicator runs here any more; those that do are aborted. Also settles what an atomic
+    round did to this device's memory; to COMMIT one aborts nothing. Idempotent. Errors: INVALID_ARGUMENT.
     """
 
     Heartbeat: grpc.aio.UnaryStreamMultiCallable[
@@ -410,8 +410,8 @@ class GPUDeviceServicer(metaclass=abc.ABCMeta):
         request: dsml_gpu.wire.gpu_sim_pb2.QuiesceRequest,
         context: _ServicerContext,
     ) -> typing.Union[dsml_gpu.wire.gpu_sim_pb2.QuiesceResponse, collections.abc.Awaitable[dsml_gpu.wire.gpu_sim_pb2.QuiesceResponse]]:
-        """Answers when no Execute of the communicator runs here any more; those that do are aborted, and tell what they waited
-        for. Also settles what an atomic round did to this device's memory. Idempotent.
+        """Answers when no Execute of the communicator runs here any more; those that do are aborted. Also settles what an atomic
+        round did to this device's memory; to COMMIT one aborts nothing. Idempotent. Errors: INVALID_ARGUMENT.
         """
 
     @abc.abstractmethod
@@ -512,8 +512,9 @@ class GPUCoordinatorStub:
         dsml_gpu.wire.gpu_sim_pb2.GroupEndRequest,
         dsml_gpu.wire.gpu_sim_pb2.GroupEndResponse,
     ]
-    """Runs the group in the order in which it was queued, as one round of control messages.
-    Errors: NOT_FOUND, FAILED_PRECONDITION (none is open), and whatever the operations end with.
+    """Runs the group in the order in which it was queued, as one round of control messages; or one that the request brings.
+    Errors: NOT_FOUND, FAILED_PRECONDITION (none is open, or one is and the request brings another), and whatever the
+    operations end with.
     """
 
     AllReduceRing: grpc.UnaryUnaryMultiCallable[
@@ -611,19 +612,11 @@ class GPUCoordinatorStub:
     ]
     """Memcpy to the host as a stream, any size; same order and errors."""
 
-    CommGrow: grpc.UnaryUnaryMultiCallable[
-        dsml_gpu.wire.gpu_sim_pb2.CommGrowRequest,
-        dsml_gpu.wire.gpu_sim_pb2.CommGrowResponse,
-    ]
-    """Takes more devices into a communicator, between two operations: they get the ranks behind the last one. They belong to
-    it as if CommInit had named them. Errors: as CommInit; NOT_FOUND (comm), FAILED_PRECONDITION (a group is open).
-    """
-
     RegisterDevices: grpc.UnaryStreamMultiCallable[
         dsml_gpu.wire.gpu_sim_pb2.RegisterDevicesRequest,
         dsml_gpu.wire.gpu_sim_pb2.RegisterDevicesResponse,
     ]
-    """A device server makes its devices known, for the next CommInit or CommGrow. The coordinator answers once it has reached
+    """A device server makes its devices known, for the next CommInit. The coordinator answers once it has reached
     the server at the address, and keeps the call open: when it ends, the coordinator has, and the server registers anew.
     Errors: UNAVAILABLE (the coordinator cannot reach the address), INVALID_ARGUMENT (device ids are taken).
     """
@@ -697,8 +690,9 @@ class GPUCoordinatorAsyncStub:
         dsml_gpu.wire.gpu_sim_pb2.GroupEndRequest,
         dsml_gpu.wire.gpu_sim_pb2.GroupEndResponse,
     ]
-    """Runs the group in the order in which it was queued, as one round of control messages.
-    Errors: NOT_FOUND, FAILED_PRECONDITION (none is open), and whatever the operations end with.
+    """Runs the group in the order in which it was queued, as one round of control messages; or one that the request brings.
+    Errors: NOT_FOUND, FAILED_PRECONDITION (none is open, or one is and the request brings another), and whatever the
+    operations end with.
     """
 
     AllReduceRing: grpc.aio.UnaryUnaryMultiCallable[
@@ -796,19 +790,11 @@ class GPUCoordinatorAsyncStub:
     ]
     """Memcpy to the host as a stream, any size; same order and errors."""
 
-    CommGrow: grpc.aio.UnaryUnaryMultiCallable[
-        dsml_gpu.wire.gpu_sim_pb2.CommGrowRequest,
-        dsml_gpu.wire.gpu_sim_pb2.CommGrowResponse,
-    ]
-    """Takes more devices into a communicator, between two operations: they get the ranks behind the last one. They belong to
-    it as if CommInit had named them. Errors: as CommInit; NOT_FOUND (comm), FAILED_PRECONDITION (a group is open).
-    """
-
     RegisterDevices: grpc.aio.UnaryStreamMultiCallable[
         dsml_gpu.wire.gpu_sim_pb2.RegisterDevicesRequest,
         dsml_gpu.wire.gpu_sim_pb2.RegisterDevicesResponse,
     ]
-    """A device server makes its devices known, for the next CommInit or CommGrow. The coordinator answers once it has reached
+    """A device server makes its devices known, for the next CommInit. The coordinator answers once it has reached
     the server at the address, and keeps the call open: when it ends, the coordinator has, and the server registers anew.
     Errors: UNAVAILABLE (the coordinator cannot reach the address), INVALID_ARGUMENT (device ids are taken).
     """
@@ -890,8 +876,9 @@ class GPUCoordinatorServicer(metaclass=abc.ABCMeta):
         request: dsml_gpu.wire.gpu_sim_pb2.GroupEndRequest,
         context: _ServicerContext,
     ) -> typing.Union[dsml_gpu.wire.gpu_sim_pb2.GroupEndResponse, collections.abc.Awaitable[dsml_gpu.wire.gpu_sim_pb2.GroupEndResponse]]:
-        """Runs the group in the order in which it was queued, as one round of control messages.
-        Errors: NOT_FOUND, FAILED_PRECONDITION (none is open), and whatever the operations end with.
+        """Runs the group in the order in which it was queued, as one round of control messages; or one that the request brings.
+        Errors: NOT_FOUND, FAILED_PRECONDITION (none is open, or one is and the request brings another), and whatever the
+        operations end with.
         """
 
     @abc.abstractmethod
@@ -1016,22 +1003,12 @@ class GPUCoordinatorServicer(metaclass=abc.ABCMeta):
         """Memcpy to the host as a stream, any size; same order and errors."""
 
     @abc.abstractmethod
-    def CommGrow(
-        self,
-        request: dsml_gpu.wire.gpu_sim_pb2.CommGrowRequest,
-        context: _ServicerContext,
-    ) -> typing.Union[dsml_gpu.wire.gpu_sim_pb2.CommGrowResponse, collections.abc.Awaitable[dsml_gpu.wire.gpu_sim_pb2.CommGrowResponse]]:
-        """Takes more devices into a communicator, between two operations: they get the ranks behind the last one. They belong to
-        it as if CommInit had named them. Errors: as CommInit; NOT_FOUND (comm), FAILED_PRECONDITION (a group is open).
-        """
-
-    @abc.abstractmethod
     def RegisterDevices(
         self,
         request: dsml_gpu.wire.gpu_sim_pb2.RegisterDevicesRequest,
         context: _ServicerContext,
     ) -> typing.Union[collections.abc.Iterator[dsml_gpu.wire.gpu_sim_pb2.RegisterDevicesResponse], collections.abc.AsyncIterator[dsml_gpu.wire.gpu_sim_pb2.RegisterDevicesResponse]]:
-        """A device server makes its devices known, for the next CommInit or CommGrow. The coordinator answers once it has reached
+        """A device server makes its devices known, for the next CommInit. The coordinator answers once it has reached
         the server at the address, and keeps the call open: when it ends, the coordinator has, and the server registers anew.
         Errors: UNAVAILABLE (the coordinator cannot reach the address), INVALID_ARGUMENT (device ids are taken).
         """

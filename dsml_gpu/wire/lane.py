@@ -23,6 +23,7 @@ import secrets
 import socket
 import struct
 import sys
+from collections.abc import Callable
 from typing import Any
 
 from google.protobuf.message import DecodeError
@@ -46,6 +47,8 @@ HEADER = struct.Struct("<IQB")
 REQUEST, ANSWER, REFUSAL, CANCEL = range(4)
 #: Frames are control messages; what is longer is no frame of ours.
 MAX_PAYLOAD_BYTES = 64 << 20
+#: What a call is cancelled with where its lane broke or was closed; the client's own CANCEL says nothing.
+CONNECTION_BROKE = "the connection broke"
 _METHODS = {
     service.name: {method.name: method for method in service.methods} for service in pb.DESCRIPTOR.services_by_name.values()
 }
@@ -58,10 +61,16 @@ def can_have_lanes() -> bool:
     return sys.platform == "linux"
 
 
+def credentials_of(connection: Any) -> tuple[int, int]:
+    """Process id, as this process sees it (0: not at all), and user id of the other end of a Unix socket."""
+    credentials = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
+    pid, uid, _ = _CREDENTIALS.unpack(credentials)
+    return pid, uid
+
+
 def is_of_this_user(connection: Any) -> bool:
     """Whether the process at the other end of a Unix socket is of the same user; says so in the log where it is not."""
-    credentials = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
-    _, uid, _ = _CREDENTIALS.unpack(credentials)
+    _, uid = credentials_of(connection)
     if uid != os.getuid():
         log.warning("a lane is refused: the other process is of user %d, not %d", uid, os.getuid())
     return bool(uid == os.getuid())
@@ -206,7 +215,7 @@ class _ServerLane(_Frames):
     def connection_lost(self, exc: Exception | None) -> None:
         self._lanes.discard(self)
         for call in self.calls.values():
-            call.cancel()
+            call.cancel(CONNECTION_BROKE)
 
     def frame(self, number: int, kind: int, payload: bytes) -> None:
         if kind == CANCEL:
@@ -248,12 +257,23 @@ class _ServerLane(_Frames):
 
 
 class Lane(_Frames):
-    """The end of a client of GPUDevice that lives in an event loop. Made by `open_lane`; `blocking_lane` has another one."""
+    """The end of a client of GPUDevice that lives in an event loop. Made by `open_lane`; `blocking_lane` has another one.
+
+    Attributes:
+        on_end: called when it is closed or breaks.
+        server_pid: the server's process; 0: not seen from here.
+    """
 
     def __init__(self) -> None:
         super().__init__()
+        self.on_end: Callable[[], None] = lambda: None
+        self.server_pid = 0
         self._numbers = itertools.count(1)
         self._waiting: dict[int, asyncio.Future[bytes]] = {}
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        super().connection_made(transport)
+        self.server_pid, _ = credentials_of(transport.get_extra_info("socket"))
 
     @property
     def is_open(self) -> bool:
@@ -304,6 +324,7 @@ class Lane(_Frames):
         for answer in self._waiting.values():
             if not answer.done():
                 answer.set_exception(Unavailable("the connection broke"))
+        self.on_end()
 
 
 async def open_lane(name: str) -> Lane | None:

@@ -103,6 +103,8 @@ _UNKNOWN_COMM = [
         "NaiveAllReduce": lambda world: pb.NaiveAllReduceRequest(comm_id=NOBODY, count=8, mem_addrs=addresses([0])),
         "CommFinalize": lambda world: pb.CommFinalizeRequest(commId=NOBODY),
         "CommDestroy": lambda world: pb.CommDestroyRequest(commId=NOBODY),
+        "Checkpoint": lambda world: pb.CheckpointRequest(commId=NOBODY, url="memory://nowhere"),
+        "Restore": lambda world: pb.RestoreRequest(commId=NOBODY, url="memory://nowhere"),
         "Malloc": lambda world: pb.MallocRequest(deviceId=device_id(first_device(world)), numBytes=8, commId=NOBODY),
     }.items()
 ] + [
@@ -176,6 +178,8 @@ _UNKNOWN_DEVICE = [
         ),
         "JoinComm": lambda world: pb.JoinCommRequest(commId=3, peers=[pb.Peer(deviceId=1)], deviceId=NOBODY),
         "LeaveComm": lambda world: pb.LeaveCommRequest(commId=3, deviceId=NOBODY),
+        "SaveShard": lambda world: pb.SaveShardRequest(deviceId=NOBODY, url="memory://nowhere/file"),
+        "LoadShard": lambda world: pb.LoadShardRequest(deviceId=NOBODY),
         "Execute": lambda world: pb.ExecuteRequest(commId=0, deviceId=NOBODY),
         "ShareMemory": lambda world: pb.ShareMemoryRequest(deviceId=NOBODY),
         "Quiesce": lambda world: pb.QuiesceRequest(commId=3, deviceId=NOBODY),

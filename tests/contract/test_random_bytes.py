@@ -83,13 +83,35 @@ def world() -> Iterator[World]:
 COLLECTIVE = pb.DESCRIPTOR.services_by_name["GPUCoordinator"].methods_by_name["Collective"]
 METHODS = [method for name in ("GPUCoordinator", "GPUDevice") for method in pb.DESCRIPTOR.services_by_name[name].methods]
 _ALGORITHMS = ["", "auto", "ring", "direct", "binomial_tree", "dissemination", "star"]
+_ADDRESSES = ["", "127.0.0.1:1", "[::1]:1", ":", "127.0.0.1:99999", "unix:/"]
+_URLS = ["", "memory://checkpoint", "memory://checkpoint/rank0.safetensors", "nowhere://x", "file:///dev/null/x"]
+_KEYS = ["", *map(str, range(1000))]
+#: Streams that the caller ends.
+_ENDLESS = ("Heartbeat", "RegisterDevices")
 #: What strings are filled with.
 STRINGS = {
-    "gpu_sim.Peer.address": ["", "127.0.0.1:1", "[::1]:1", ":", "127.0.0.1:99999", "unix:/"],
+    "gpu_sim.Peer.address": _ADDRESSES,
+    "gpu_sim.RegisterDevicesRequest.address": _ADDRESSES,
+    "gpu_sim.UnregisterDevicesRequest.address": _ADDRESSES,
     "gpu_sim.SharedMemory.bootId": ["", "elsewhere", boot_id()],
     "gpu_sim.SharedMemory.token": ["", "/", "0" * 32],
     "gpu_sim.CollectiveRequest.algorithm": _ALGORITHMS,
     "gpu_sim.Schedule.algorithm": _ALGORITHMS,
+    **{
+        f"gpu_sim.{name}.idempotencyKey": _KEYS
+        for name in (
+            "AllReduceRingRequest",
+            "CollectiveRequest",
+            "CommInitRequest",
+            "FreeRequest",
+            "GroupEndRequest",
+            "MallocRequest",
+            "NaiveAllReduceRequest",
+        )
+    },
+    **{f"gpu_sim.{name}.url": _URLS for name in ("CheckpointRequest", "LoadedPart", "RestoreRequest", "SaveShardRequest")},
+    **{f"gpu_sim.{name}.name": ["", "a", "b/c", "__metadata__"] for name in ("ArrayRange", "CheckpointArray", "LoadedPart")},
+    "gpu_sim.LoadedPart.json": ["", "{}", "[" * 9999, '{"name": "rank0.safetensors"}'],
     "gpu_sim.SetCostModelRequest.json": ["", "{}", "[" * 9999, DEFAULT_COST_MODEL.to_json(), LINKS_ONLY.to_json()],
 }
 _EDGES = sorted(
@@ -159,6 +181,11 @@ def send(rpc: Rpc, method: MethodDescriptor, requests: list[bytes]) -> bytes | N
     try:
         if method.client_streaming:
             return bytes(channel.stream_unary(path)(iter(requests), timeout=CALL_TIMEOUT_S))
+        if method.name in _ENDLESS:
+            stream = channel.unary_stream(path)(requests[0], timeout=CALL_TIMEOUT_S)
+            first = next(stream)
+            stream.cancel()
+            return bytes(first)
         if method.server_streaming:
             answer = [b"", *channel.unary_stream(path)(requests[0], timeout=CALL_TIMEOUT_S)]
             return bytes(answer[-1])

@@ -6,7 +6,8 @@ import asyncio
 
 import pytest
 
-from dsml_gpu.coordinator.device_handle import DeviceHandle, RemoteConnection
+from dsml_gpu.coordinator.connection import RemoteConnection
+from dsml_gpu.coordinator.device_handle import DeviceHandle
 from dsml_gpu.coordinator.order import Turn
 from dsml_gpu.errors import OperationTimeout
 

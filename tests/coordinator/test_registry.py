@@ -34,6 +34,7 @@ class FakeServer:
         self.left: list[tuple[int, int]] = []
         self.tells_of_its_end = False
         self.lane: Lane | None = None
+        self.on_lane_end: Callable[[], None] = lambda: None
 
     async def open_lane(self, name: str) -> None:
         assert name == ""
@@ -46,6 +47,8 @@ class FakeServer:
         await asyncio.sleep(0)
         if self.ids is None:
             raise self.failure
+        if method == "Quiesce":
+            return pb.QuiesceResponse()
         if method == "LeaveComm":
             self.left.append((request.deviceId, request.commId))
             return pb.LeaveCommResponse()
@@ -57,6 +60,9 @@ class FakeServer:
         raise AssertionError
 
     def read(self, request: Any) -> Any:
+        raise AssertionError
+
+    def stream(self, method: str, request: Any) -> Any:
         raise AssertionError
 
 

@@ -59,7 +59,8 @@ def allowed_growth(nbytes: int) -> int:
 
 @contextmanager
 def fleet_of(nbytes: int) -> Iterator[Fleet]:
-    with Fleet(RANKS, ["--memory", str(nbytes + 8 * MIB)]) as fleet:
+    # What ranks keep of their buffers while a collective runs is as large as the buffers, and not what this is about.
+    with Fleet(RANKS, ["--memory", str(nbytes + 8 * MIB)], ["--no-atomic"]) as fleet:
         yield fleet
 
 

@@ -439,6 +439,19 @@ async def test_a_server_that_stops_lets_calls_end_and_takes_no_more() -> None:
 
 
 @in_event_loop
+async def test_a_client_knows_the_process_at_the_other_end_and_hears_of_its_end() -> None:
+    async with served() as (_, server), lane_to(server) as lane:
+        ended = asyncio.Event()
+        lane.on_end = ended.set
+        assert lane.server_pid == os.getpid()
+        await malloc_works(lane)
+        assert not ended.is_set()
+        await server.stop()
+        await soon(ended.wait())
+        assert not lane.is_open
+
+
+@in_event_loop
 async def test_a_name_that_nobody_listens_on_is_no_lane() -> None:
     assert await open_lane("") is None
     assert await open_lane(f"dsml-{secrets.token_hex(16)}") is None

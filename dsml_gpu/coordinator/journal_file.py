@@ -1,0 +1,352 @@
+"""A coordinator's journal in a file of SQLite.
+
+A record is in the file when its method returns, so it outlives the process, whatever ends it. It does not wait for the
+disk: when the whole machine stops, the last records may be lost, but what is there then is as it was some moments before.
+Waiting would take some 200 us instead of 10 on an SSD (``synchronous=FULL`` instead of ``NORMAL``), on the way of every
+collective.
+
+Writes are that short because they only append to the write-ahead log. The event loop makes them itself; a thread brings the
+log's content into the database now and then, which does wait for the disk.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import secrets
+import sqlite3
+import threading
+import zlib
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from dsml_gpu.coordinator.journal import JournalUnusable
+from dsml_gpu.coordinator.records import (
+    MAX_OUTCOMES,
+    KnownCommunicator,
+    KnownServer,
+    Member,
+    Membership,
+    Outcome,
+    Recovered,
+    Refused,
+    Round,
+    changed,
+)
+from dsml_gpu.errors import InternalError
+
+#: Of the file's form. One that is newer than this is refused; what an older one needs will stand in `_opened`.
+VERSION = 1
+#: SQLite's application_id, by which a journal is told from other databases.
+_APPLICATION_ID = 0x64736D6C
+#: So many records are written before the log's content goes into the database.
+_RECORDS_PER_CHECKPOINT = 1000
+#: Outcomes are deleted so many at a time.
+_OUTCOMES_PER_DELETION = 256
+
+_SCHEMA = """
+CREATE TABLE servers (address TEXT PRIMARY KEY, registered INTEGER, crc INTEGER);
+CREATE TABLE communicators (
+    comm_id INTEGER PRIMARY KEY, transport INTEGER, on_failure INTEGER, finalized INTEGER, checkpoint TEXT, crc INTEGER
+);
+CREATE TABLE memberships (comm_id INTEGER, epoch INTEGER, members BLOB, crc INTEGER, PRIMARY KEY (comm_id, epoch));
+CREATE TABLE rounds (
+    comm_id INTEGER PRIMARY KEY, number INTEGER, epoch INTEGER, committing INTEGER, requests BLOB, idempotency_key TEXT,
+    method TEXT, answer BLOB, crc INTEGER
+);
+CREATE TABLE outcomes (
+    number INTEGER PRIMARY KEY, idempotency_key TEXT UNIQUE, comm_id INTEGER, method TEXT, answer BLOB, code TEXT,
+    refusal TEXT, message TEXT, crc INTEGER
+);
+"""
+
+
+class FileJournal:
+    """A journal in a file of SQLite, for one coordinator at a time. See `open_journal`."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._depth = 0
+        self._records = 0
+        self._checkpoint: threading.Thread | None = None
+        self._lock = _lock(path)
+        try:
+            if not path.exists():
+                _create(path)
+            self._database = _opened(path)
+            self._noutcomes, self._last_outcome = self._database.execute(
+                "SELECT count(*), coalesce(max(number), 0) FROM outcomes"
+            ).fetchone()
+        except BaseException as error:
+            os.close(self._lock)
+            if isinstance(error, sqlite3.Error | OSError):
+                raise JournalUnusable(f"the journal {path} is damaged or cannot be opened: {error}") from None
+            raise
+
+    def load(self) -> Recovered:
+        return Recovered(
+            tuple(KnownServer(address, bool(registered)) for address, registered in self._rows("servers", "address")),
+            self._communicators("comm_id"),
+            tuple(
+                Membership(_unsigned(comm_id), _unsigned(epoch), _members_of(members))
+                for comm_id, epoch, members in self._rows("memberships", "comm_id, epoch")
+            ),
+            tuple(
+                Round(
+                    _unsigned(comm_id), _unsigned(number), _unsigned(epoch), bool(committing), _by_rank(requests), *operation
+                )
+                for comm_id, number, epoch, committing, requests, *operation in self._rows("rounds", "comm_id")
+            ),
+            tuple(
+                Outcome(key, _unsigned(comm_id), method, answer, Refused(code, refusal, message) if code else None)
+                for _, key, comm_id, method, answer, code, refusal, message in self._rows("outcomes", "number")
+            ),
+        )
+
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        if self._depth == 0:
+            self._execute("BEGIN IMMEDIATE")
+        self._depth += 1
+        try:
+            yield
+            if self._depth == 1:
+                self._execute("COMMIT")
+        except BaseException:
+            if self._depth == 1:
+                with suppress(sqlite3.Error):  # it may be that SQLite has done so
+                    self._database.execute("ROLLBACK")
+            raise
+        finally:
+            self._depth -= 1
+
+    def put_server(self, server: KnownServer) -> None:
+        self._put("servers", server.address, int(server.registered))
+
+    def forget_server(self, address: str) -> None:
+        self._execute("DELETE FROM servers WHERE address = ?", address)
+
+    def put_communicator(self, communicator: KnownCommunicator) -> None:
+        one = communicator
+        values = (one.transport, one.on_failure, int(one.finalized), one.checkpoint)
+        self._put("communicators", _signed(one.comm_id), *values)
+
+    def change_communicator(self, comm_id: int, *, finalized: bool | None = None, checkpoint: str | None = None) -> None:
+        for communicator in self._communicators("comm_id", "WHERE comm_id = ?", _signed(comm_id)):
+            self.put_communicator(changed(communicator, finalized, checkpoint))
+
+    def forget_communicator(self, comm_id: int) -> None:
+        with self.together():
+            for table in ("communicators", "memberships", "rounds"):
+                self._execute(f"DELETE FROM {table} WHERE comm_id = ?", _signed(comm_id))
+
+    def put_membership(self, membership: Membership) -> None:
+        ids = (_signed(membership.comm_id), _signed(membership.epoch))
+        self._put("memberships", *ids, _fields([field for member in membership.members for field in _fields_of(member)]))
+
+    def put_round(self, one_round: Round) -> None:
+        one = one_round
+        ids = (_signed(one.comm_id), _signed(one.number), _signed(one.epoch))
+        requests = _fields([field for rank, request in one.requests.items() for field in (b"%d" % rank, request)])
+        self._put("rounds", *ids, int(one.committing), requests, one.key, one.method, one.answer)
+
+    def settle_round(self, comm_id: int) -> None:
+        self._execute("DELETE FROM rounds WHERE comm_id = ?", _signed(comm_id))
+
+    def put_outcome(self, outcome: Outcome) -> None:
+        self._last_outcome += 1
+        refused = outcome.refused or Refused("", "", "")
+        self._put(
+            "outcomes",
+            self._last_outcome,
+            outcome.key,
+            _signed(outcome.comm_id),
+            outcome.method,
+            outcome.answer,
+            refused.code,
+            refused.refusal,
+            refused.message,
+        )
+        self._noutcomes += 1
+        if self._noutcomes >= MAX_OUTCOMES + _OUTCOMES_PER_DELETION:
+            self._execute("DELETE FROM outcomes WHERE number <= ?", self._last_outcome - MAX_OUTCOMES)
+            self._noutcomes = MAX_OUTCOMES
+
+    def close(self) -> None:
+        if self._lock < 0:
+            return
+        if self._checkpoint is not None:
+            self._checkpoint.join()
+        with suppress(sqlite3.Error):  # what it has to say was said when it was written
+            self._database.close()
+        os.close(self._lock)
+        self._lock = -1
+
+    def _put(self, table: str, *values: Any) -> None:
+        marks = ", ".join("?" * (len(values) + 1))
+        self._execute(f"INSERT OR REPLACE INTO {table} VALUES ({marks})", *values, _crc(values))
+
+    def _execute(self, statement: str, *values: Any) -> None:
+        try:
+            self._database.execute(statement, values)
+        except sqlite3.Error as error:
+            raise InternalError(f"the journal {self.path} cannot be written: {error}") from error
+        self._records += 1
+        if self._records >= _RECORDS_PER_CHECKPOINT and (self._checkpoint is None or not self._checkpoint.is_alive()):
+            self._records = 0
+            self._checkpoint = threading.Thread(target=_checkpoint, args=(self.path,), name="dsml-gpu-journal", daemon=True)
+            self._checkpoint.start()
+
+    def _communicators(self, order: str, where: str = "", *values: Any) -> tuple[KnownCommunicator, ...]:
+        return tuple(
+            KnownCommunicator(_unsigned(comm_id), transport, on_failure, bool(finalized), checkpoint)
+            for comm_id, transport, on_failure, finalized, checkpoint in self._rows("communicators", order, where, *values)
+        )
+
+    def _rows(self, table: str, order: str, where: str = "", *values: Any) -> Iterator[Sequence[Any]]:
+        """Rows of a table. Raises JournalUnusable where one is not what was written."""
+        try:
+            rows = self._database.execute(f"SELECT * FROM {table} {where} ORDER BY {order}", values).fetchall()
+        except sqlite3.Error as error:
+            raise JournalUnusable(f"the journal {self.path} is damaged: {error}") from None
+        for *values, crc in rows:
+            if crc != _crc(values):
+                raise JournalUnusable(f"the journal {self.path} is damaged: a row of its {table} is not what was written")
+            yield values
+
+
+def _lock(path: Path) -> int:
+    """Takes the file for this process, until the descriptor that it returns is closed. Raises JournalUnusable."""
+    beside = path.resolve()
+    beside = beside.with_name(f"{beside.name}.lock")
+    try:
+        # A file of its own: closing any descriptor of the database would end SQLite's locks.
+        lock = os.open(beside, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    except OSError as error:
+        raise JournalUnusable(f"the journal {path} cannot be opened: {error}") from None
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        os.ftruncate(lock, 0)
+        os.pwrite(lock, b"%d\n" % os.getpid(), 0)
+    except OSError as error:
+        pid = os.pread(lock, 20, 0).decode("ascii", "replace").strip() or "?"
+        os.close(lock)
+        if isinstance(error, BlockingIOError):
+            raise JournalUnusable(f"the journal {path} is in use by another coordinator, process {pid}") from None
+        raise JournalUnusable(f"the journal {path} cannot be locked: {error}") from None
+    return lock
+
+
+def _create(path: Path) -> None:
+    """Makes an empty journal, whole or not at all: a file without content is then never one that was just begun."""
+    beside = path.with_name(f"{path.name}.{secrets.token_hex(4)}")
+    try:
+        database = sqlite3.connect(beside, isolation_level=None)
+        database.executescript(
+            f"PRAGMA application_id = {_APPLICATION_ID}; PRAGMA user_version = {VERSION}; BEGIN; {_SCHEMA} COMMIT;"
+        )
+        database.close()
+        beside.replace(path)
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+def _opened(path: Path) -> sqlite3.Connection:
+    """The database, once it is clear that it is one of ours, and whole. Raises sqlite3.Error and JournalUnusable."""
+    if path.stat().st_size == 0:
+        raise JournalUnusable(f"the journal {path} is damaged: it is empty; delete it to begin anew")
+    database = sqlite3.connect(path, isolation_level=None)
+    try:
+        # Nothing is written before that: somebody else's file stays what it is.
+        (application,), (version,) = (
+            database.execute(f"PRAGMA {name}").fetchone() for name in ("application_id", "user_version")
+        )
+        if application != _APPLICATION_ID:
+            raise JournalUnusable(f"{path} is no journal of a coordinator, but another database")
+        if version > VERSION:
+            raise JournalUnusable(
+                f"the journal {path} is of version {version}, of a newer dsml-gpu; this one knows up to {VERSION}"
+            )
+        ((result,), *_) = database.execute("PRAGMA quick_check").fetchall()
+        if result != "ok":
+            raise JournalUnusable(f"the journal {path} is damaged: {result}")
+        _use_log(database, path)
+    except BaseException:
+        database.close()
+        raise
+    return database
+
+
+def _use_log(database: sqlite3.Connection, path: Path) -> None:
+    database.execute("PRAGMA synchronous = NORMAL")
+    database.execute("PRAGMA wal_autocheckpoint = 0")
+    (mode,) = database.execute("PRAGMA journal_mode = WAL").fetchone()
+    if mode != "wal":
+        raise JournalUnusable(f"the journal {path} is where SQLite can have no write-ahead log, such as a network share")
+
+
+def _checkpoint(path: Path) -> None:
+    """Brings the log's content into the database, while others go on writing."""
+    with suppress(sqlite3.Error, JournalUnusable):  # then the log is longer, until the next time
+        database = sqlite3.connect(path, isolation_level=None)
+        try:
+            _use_log(database, path)
+            database.execute("PRAGMA wal_checkpoint(PASSIVE)")
+        finally:
+            database.close()
+
+
+# ---- values as SQLite has them ----------------------------------------------------------------------------------------
+
+
+def _signed(number: int) -> int:
+    """An unsigned number of 64 bits as a signed one, as SQLite has them."""
+    return number - (1 << 64) if number >= 1 << 63 else number
+
+
+def _unsigned(number: int) -> int:
+    return number % (1 << 64)
+
+
+def _crc(values: Sequence[Any]) -> int:
+    """By which a row that is not what was written is found; SQLite checks only how its pages hang together."""
+    crc = 0
+    for value in values:
+        piece = value if isinstance(value, bytes) else str(value).encode()
+        crc = zlib.crc32(piece, zlib.crc32(b"%d:" % len(piece), crc))
+    return crc
+
+
+def _fields(fields: Sequence[bytes]) -> bytes:
+    """Pieces of any length as one."""
+    return b"".join(b"%d:" % len(field) + field for field in fields)
+
+
+def _split(whole: bytes) -> list[bytes]:
+    """The pieces that `_fields` has made one of."""
+    fields, start = [], 0
+    while start < len(whole):
+        colon = whole.index(b":", start)
+        start, end = colon + 1, colon + 1 + int(whole[start:colon])
+        fields.append(whole[start:end])
+        start = end
+    return fields
+
+
+def _fields_of(member: Member) -> tuple[bytes, bytes, bytes]:
+    return b"%d" % member.device_id, member.address.encode(), member.process_uid.encode()
+
+
+def _members_of(whole: bytes) -> tuple[Member, ...]:
+    fields = iter(_split(whole))
+    return tuple(
+        Member(int(device_id), address.decode(), process_uid.decode())
+        for device_id, address, process_uid in zip(fields, fields, fields, strict=True)
+    )
+
+
+def _by_rank(whole: bytes) -> dict[int, bytes]:
+    fields = iter(_split(whole))
+    return {int(rank): request for rank, request in zip(fields, fields, strict=True)}
