@@ -150,14 +150,17 @@ class Checkpoints:
         check_arrays(request.arrays, handles)
         async with Turn(handles, self._operation_timeout_s):
             manifest = await in_thread(lambda: read_manifest(folder_at(url)))
-            loads = load_requests(manifest, url, request.arrays, handles)
-            checks = check_requests(manifest, url, handles)
-            try:
-                await _load_all(handles, checks)
-            except CheckpointNotFound as error:
-                raise CheckpointDamaged(f"{error}, of which the manifest tells") from None
-            failpoints.reach("restore.checked", comm=comm.comm_id)
-            return pb.RestoreResponse(numBytes=sum(await _load_all(handles, loads)))
+            while True:
+                loads = load_requests(manifest, url, request.arrays, handles)
+                try:
+                    await _load_all(handles, check_requests(manifest, url, handles))
+                    failpoints.reach("restore.checked", comm=comm.comm_id)
+                    return pb.RestoreResponse(numBytes=sum(await _load_all(handles, loads)))
+                except CheckpointNotFound as error:
+                    told, manifest = manifest, await in_thread(lambda: read_manifest(folder_at(url)))
+                    if manifest.generation == told.generation:
+                        raise CheckpointDamaged(f"{error}, of which the manifest tells") from None
+                    # Another checkpoint has taken its place meanwhile.
 
 
 async def restore_rank(url: str, handle: DeviceHandle, rank: int) -> int:
@@ -329,6 +332,8 @@ async def _progress(saves: Sequence[_Save]) -> AsyncGenerator[int, None]:
             task.result()
     finally:
         await cancel(tasks)
+        for task in tasks:  # of several that failed one has been told of
+            task.cancelled() or task.exception()
 
 
 def _complete(url: str, manifest: Manifest, kept: Set[str]) -> None:

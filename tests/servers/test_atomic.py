@@ -63,9 +63,8 @@ def order(phase: str, action: str, rank: int) -> str:
     return f"{place}:{action}@rank={rank}{',' + conditions if conditions else ''}"
 
 
-@pytest.mark.parametrize("in_place", [True, False], ids=["in place", "out of place"])
 @pytest.mark.parametrize("phase", PHASES)
-@pytest.mark.parametrize("rank", [0, 2])
+@pytest.mark.parametrize(("rank", "in_place"), [(0, True), (2, False)], ids=["0 in place", "2 out of place"])
 def test_a_rank_dies_in_each_phase(tmp_path: Path, rank: int, phase: str, in_place: bool) -> None:
     log = tmp_path / "faults"
     with fleet_with(log, order(phase, "kill", rank)) as (_, _, comm):

@@ -382,8 +382,10 @@ def _freeze_in_the_middle(world: World, comm: pb.CommInitResponse, others: Seque
         assert written > 0, "the whole part is done: too late for this test"
         assert not watched[watched.size // 3 - 1]
         error = fail_within(future.result, GIVEN_UP_S)
-        assert (error.code().name, refusal_of(error)) == ("DEADLINE_EXCEEDED", "OPERATION_TIMEOUT")
-        assert f"rank 0 ({name_of(rank0, 1)}) not done after" in error.details()
+        # No heartbeats, or the round's own deadline, whichever is first.
+        assert refusal_of(error) in ("PEER_UNAVAILABLE", "OPERATION_TIMEOUT")
+        assert "rank 0" in error.details()
+        assert name_of(rank0, 1) in error.details()
 
         # What the others hold is what it was, somewhere else.
         now = {rank: world.memory(rank) for rank in (1, 2)}
