@@ -59,8 +59,9 @@ def allowed_growth(nbytes: int) -> int:
 
 @contextmanager
 def fleet_of(nbytes: int) -> Iterator[Fleet]:
-    # What ranks keep of their buffers while a collective runs is as large as the buffers, and not what this is about.
-    with Fleet(RANKS, ["--memory", str(nbytes + 8 * MIB)], ["--no-atomic"]) as fleet:
+    # What ranks keep of their buffers while a collective runs is as large as the buffers, and not what this is about; and
+    # a device that is frozen for a while is not to be given up.
+    with Fleet(RANKS, ["--memory", str(nbytes + 8 * MIB)], ["--no-atomic", "--dead-after", "60"]) as fleet:
         yield fleet
 
 
