@@ -12,11 +12,30 @@ from dsml_gpu import errors
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from dsml_gpu.client import Client, CollectiveResult, Communicator, Device, DeviceArray, connect, local
+    from dsml_gpu.client import (
+        CheckpointJob,
+        Client,
+        CollectiveResult,
+        Communicator,
+        Device,
+        DeviceArray,
+        connect,
+        local,
+    )
 
-__all__ = ["Client", "CollectiveResult", "Communicator", "Device", "DeviceArray", "connect", "errors", "local"]
+__all__ = [
+    "CheckpointJob",
+    "Client",
+    "CollectiveResult",
+    "Communicator",
+    "Device",
+    "DeviceArray",
+    "connect",
+    "errors",
+    "local",
+]
 
-_FROM_CLIENT = {"Client", "CollectiveResult", "Communicator", "Device", "DeviceArray", "connect", "local"}
+_FROM_CLIENT = {"CheckpointJob", "Client", "CollectiveResult", "Communicator", "Device", "DeviceArray", "connect", "local"}
 
 
 def __getattr__(name: str) -> Any:

@@ -196,6 +196,14 @@ class Communicator:
         if self._running:
             await asyncio.wait(list(self._running))
 
+    async def retire(self, handle: DeviceHandle) -> None:
+        """Returns when the operations that run have ended. Those that come later fail: one of the ranks is about to leave."""
+        log.warning(
+            "communicator %d loses %s, which leaves; what comes after its running operation fails", self.comm_id, handle
+        )
+        if self._running:
+            await asyncio.wait(list(self._running))
+
     async def drain(self, drain_s: float) -> None:
         """Waits for running collectives and cancels what is not done after `drain_s`."""
         if self._running:

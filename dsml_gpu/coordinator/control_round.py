@@ -103,7 +103,9 @@ async def settle(
         try:
             await handle.call("Quiesce", message, _SETTLE_TIMEOUT_S)
         except DsmlError as error:
-            log.warning("%s has not settled its last operation: %s", handle, error)
+            # Who has not heard of a COMMIT hears of the next operation, or of the communicator's end.
+            level = logging.DEBUG if settlement == pb.QuiesceRequest.COMMIT else logging.WARNING
+            log.log(level, "%s has not settled its last operation: %s", handle, error)
 
     await asyncio.gather(*(tell(handles[rank], request) for rank, request in requests.items() if request.round))
 

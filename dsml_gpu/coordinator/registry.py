@@ -101,7 +101,7 @@ class DeviceRegistry:
         """Lets a device server leave; returns when it has. Idempotent.
 
         Args:
-            retire: has a device's communicators go on without it.
+            retire: returns when a device's communicators have ended what they run on it.
 
         Raises:
             DeviceNotFound: there never was one at the address.

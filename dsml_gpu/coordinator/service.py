@@ -9,7 +9,7 @@ from contextlib import aclosing
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, Protocol, TypeVar, runtime_checkable
+from typing import Any, TypeVar
 
 from dsml_gpu.coordinator import groups
 from dsml_gpu.coordinator.call import CollectiveCall, all_reduce_call, call_of
@@ -71,14 +71,6 @@ class CoordinatorSettings:
     cost_model_file: Path | None = None
     detection: Detection = DEFAULT_DETECTION
     atomic: bool = True
-
-
-@runtime_checkable
-class Retiring(Protocol):
-    """A communicator that can do without a device."""
-
-    async def retire(self, handle: DeviceHandle) -> None:
-        """Goes on without a device after the operation that runs."""
 
 
 class CoordinatorService:
@@ -240,10 +232,9 @@ class CoordinatorService:
         return pb.UnregisterDevicesResponse()
 
     async def _retire(self, handle: DeviceHandle) -> None:
-        """Has all communicators of a device go on without it."""
+        """Waits for what a device's communicators run."""
         for comm in [self._comms[comm_id] for comm_id in sorted(handle.comm_ids) if comm_id in self._comms]:
-            if isinstance(comm, Retiring):
-                await comm.retire(handle)
+            await comm.retire(handle)
 
     # ---- collectives --------------------------------------------------------------------------------------------------
 

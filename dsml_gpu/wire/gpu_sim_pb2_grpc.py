@@ -910,8 +910,9 @@ class GPUCoordinatorServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def UnregisterDevices(self, request, context):
-        """The devices of a server leave: no communicator takes them any more, and each that has one goes on without it after
-        its running operation. Answers when that is done. Idempotent. Errors: NOT_FOUND (the address was never registered).
+        """The devices of a server leave: no communicator takes them any more. Answers when what runs on them has ended; what a
+        communicator that has one of them is asked for after that fails. Idempotent. Errors: NOT_FOUND (the address was never
+        registered).
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

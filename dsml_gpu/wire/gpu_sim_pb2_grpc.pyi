@@ -625,8 +625,9 @@ class GPUCoordinatorStub:
         dsml_gpu.wire.gpu_sim_pb2.UnregisterDevicesRequest,
         dsml_gpu.wire.gpu_sim_pb2.UnregisterDevicesResponse,
     ]
-    """The devices of a server leave: no communicator takes them any more, and each that has one goes on without it after
-    its running operation. Answers when that is done. Idempotent. Errors: NOT_FOUND (the address was never registered).
+    """The devices of a server leave: no communicator takes them any more. Answers when what runs on them has ended; what a
+    communicator that has one of them is asked for after that fails. Idempotent. Errors: NOT_FOUND (the address was never
+    registered).
     """
 
     Checkpoint: grpc.UnaryStreamMultiCallable[
@@ -803,8 +804,9 @@ class GPUCoordinatorAsyncStub:
         dsml_gpu.wire.gpu_sim_pb2.UnregisterDevicesRequest,
         dsml_gpu.wire.gpu_sim_pb2.UnregisterDevicesResponse,
     ]
-    """The devices of a server leave: no communicator takes them any more, and each that has one goes on without it after
-    its running operation. Answers when that is done. Idempotent. Errors: NOT_FOUND (the address was never registered).
+    """The devices of a server leave: no communicator takes them any more. Answers when what runs on them has ended; what a
+    communicator that has one of them is asked for after that fails. Idempotent. Errors: NOT_FOUND (the address was never
+    registered).
     """
 
     Checkpoint: grpc.aio.UnaryStreamMultiCallable[
@@ -1019,8 +1021,9 @@ class GPUCoordinatorServicer(metaclass=abc.ABCMeta):
         request: dsml_gpu.wire.gpu_sim_pb2.UnregisterDevicesRequest,
         context: _ServicerContext,
     ) -> typing.Union[dsml_gpu.wire.gpu_sim_pb2.UnregisterDevicesResponse, collections.abc.Awaitable[dsml_gpu.wire.gpu_sim_pb2.UnregisterDevicesResponse]]:
-        """The devices of a server leave: no communicator takes them any more, and each that has one goes on without it after
-        its running operation. Answers when that is done. Idempotent. Errors: NOT_FOUND (the address was never registered).
+        """The devices of a server leave: no communicator takes them any more. Answers when what runs on them has ended; what a
+        communicator that has one of them is asked for after that fails. Idempotent. Errors: NOT_FOUND (the address was never
+        registered).
         """
 
     @abc.abstractmethod
