@@ -197,7 +197,7 @@ class Communicator:
             await asyncio.wait(list(self._running))
 
     async def retire(self, handle: DeviceHandle) -> None:
-        """Returns when the operations that run have ended. Those that come later fail: one of the ranks is about to leave."""
+        """Returns when the operations that run have ended. Those that come later fail: one of the ranks leaves."""
         log.warning(
             "communicator %d loses %s, which leaves; what comes after its running operation fails", self.comm_id, handle
         )
