@@ -33,6 +33,8 @@ from dsml_gpu.wire.trim import keep_freed_memory
 
 #: Numbers of ``enum Transport`` by name.
 TRANSPORTS: dict[str, int] = dict(pb.Transport.items())
+#: The server, whose device memory must not go before the process does: peers may be in the middle of reading it.
+_until_exit: list[object] = []
 #: Room in a message for the fields around its payload.
 MESSAGE_OVERHEAD_BYTES = 1 << 16
 
@@ -68,6 +70,7 @@ async def _serve(
     make: Callable[[], S], ready: Callable[[S], str], until_stdin_closes: bool, metrics_port: int | None
 ) -> None:
     server = make()
+    _until_exit.append(server)
     if metrics_port is not None:
         _serve_metrics(server.rpc.host, metrics_port)
     await server.start()

@@ -486,3 +486,4 @@ def test_a_device_server_that_is_told_to_stop_ends_what_it_has_begun(short_world
     assert list(future.result(CALL_TIMEOUT_S).result.transports) == [pb.P2P]
     assert (watched == 8).all()
     assert short_world.fleet.devices[0].process.wait(CALL_TIMEOUT_S) == 0
+    assert (memories[0][:LARGE].view(F16) == 2).all(), "peers may still be reading it"
