@@ -112,6 +112,18 @@ class MemoryNotShared(FailedPrecondition):
     refusal = "MEMORY_NOT_SHARED"
 
 
+class StaleEpoch(FailedPrecondition):
+    """A request for another epoch of a communicator than the device is in."""
+
+    refusal = "STALE_EPOCH"
+
+
+class RanksLost(FailedPrecondition):
+    """What cannot be done without the ranks that a communicator has lost."""
+
+    refusal = "RANKS_LOST"
+
+
 class AmbiguousStream(FailedPrecondition):
     refusal = "AMBIGUOUS_STREAM"
 

@@ -67,9 +67,18 @@ class Refusal(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     INVALID_SCHEDULE: _ClassVar[Refusal]
     BUFFER_OVERLAP: _ClassVar[Refusal]
     MEMORY_NOT_SHARED: _ClassVar[Refusal]
+    STALE_EPOCH: _ClassVar[Refusal]
     CHECKPOINT_DAMAGED: _ClassVar[Refusal]
     CHECKPOINT_NOT_FOUND: _ClassVar[Refusal]
     STORAGE_UNAVAILABLE: _ClassVar[Refusal]
+    RANKS_LOST: _ClassVar[Refusal]
+
+class OnFailure(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    ON_FAILURE_UNSPECIFIED: _ClassVar[OnFailure]
+    SHRINK: _ClassVar[OnFailure]
+    FAIL: _ClassVar[OnFailure]
+    RESTORE: _ClassVar[OnFailure]
 IN_PROGRESS: Status
 SUCCESS: Status
 FAILED: Status
@@ -117,9 +126,15 @@ MESSAGE_TOO_LARGE: Refusal
 INVALID_SCHEDULE: Refusal
 BUFFER_OVERLAP: Refusal
 MEMORY_NOT_SHARED: Refusal
+STALE_EPOCH: Refusal
 CHECKPOINT_DAMAGED: Refusal
 CHECKPOINT_NOT_FOUND: Refusal
 STORAGE_UNAVAILABLE: Refusal
+RANKS_LOST: Refusal
+ON_FAILURE_UNSPECIFIED: OnFailure
+SHRINK: OnFailure
+FAIL: OnFailure
+RESTORE: OnFailure
 
 class DeviceId(_message.Message):
     __slots__ = ("value",)
@@ -176,7 +191,7 @@ class DeviceMetadata(_message.Message):
     def __init__(self, deviceId: _Optional[_Union[DeviceId, _Mapping]] = ..., minMemAddr: _Optional[_Union[MemAddr, _Mapping]] = ..., maxMemAddr: _Optional[_Union[MemAddr, _Mapping]] = ..., address: _Optional[str] = ..., backend: _Optional[str] = ..., deviceName: _Optional[str] = ..., processUid: _Optional[str] = ..., gpu: _Optional[int] = ..., linkLatencyNs: _Optional[int] = ..., linkBytesPerS: _Optional[int] = ..., host: _Optional[str] = ..., cores: _Optional[int] = ..., lane: _Optional[str] = ...) -> None: ...
 
 class SharedMemory(_message.Message):
-    __slots__ = ("bootId", "pid", "fd", "token", "offset", "numBytes", "cudaIpcHandle", "minMemAddr")
+    __slots__ = ("bootId", "pid", "fd", "token", "offset", "numBytes", "cudaIpcHandle", "minMemAddr", "stagingBytes")
     BOOTID_FIELD_NUMBER: _ClassVar[int]
     PID_FIELD_NUMBER: _ClassVar[int]
     FD_FIELD_NUMBER: _ClassVar[int]
@@ -185,6 +200,7 @@ class SharedMemory(_message.Message):
     NUMBYTES_FIELD_NUMBER: _ClassVar[int]
     CUDAIPCHANDLE_FIELD_NUMBER: _ClassVar[int]
     MINMEMADDR_FIELD_NUMBER: _ClassVar[int]
+    STAGINGBYTES_FIELD_NUMBER: _ClassVar[int]
     bootId: str
     pid: int
     fd: int
@@ -193,7 +209,8 @@ class SharedMemory(_message.Message):
     numBytes: int
     cudaIpcHandle: bytes
     minMemAddr: MemAddr
-    def __init__(self, bootId: _Optional[str] = ..., pid: _Optional[int] = ..., fd: _Optional[int] = ..., token: _Optional[str] = ..., offset: _Optional[int] = ..., numBytes: _Optional[int] = ..., cudaIpcHandle: _Optional[bytes] = ..., minMemAddr: _Optional[_Union[MemAddr, _Mapping]] = ...) -> None: ...
+    stagingBytes: int
+    def __init__(self, bootId: _Optional[str] = ..., pid: _Optional[int] = ..., fd: _Optional[int] = ..., token: _Optional[str] = ..., offset: _Optional[int] = ..., numBytes: _Optional[int] = ..., cudaIpcHandle: _Optional[bytes] = ..., minMemAddr: _Optional[_Union[MemAddr, _Mapping]] = ..., stagingBytes: _Optional[int] = ...) -> None: ...
 
 class ShareMemoryRequest(_message.Message):
     __slots__ = ("deviceId", "move")
@@ -224,8 +241,28 @@ class QuiesceRequest(_message.Message):
     def __init__(self, commId: _Optional[int] = ..., deviceId: _Optional[int] = ..., round: _Optional[int] = ..., settlement: _Optional[_Union[QuiesceRequest.Settlement, str]] = ...) -> None: ...
 
 class QuiesceResponse(_message.Message):
-    __slots__ = ()
-    def __init__(self) -> None: ...
+    __slots__ = ("waits",)
+    WAITS_FIELD_NUMBER: _ClassVar[int]
+    waits: _containers.RepeatedCompositeFieldContainer[Wait]
+    def __init__(self, waits: _Optional[_Iterable[_Union[Wait, _Mapping]]] = ...) -> None: ...
+
+class Wait(_message.Message):
+    __slots__ = ("rank", "chunk", "step", "steps", "waitedMs", "sends", "operation")
+    RANK_FIELD_NUMBER: _ClassVar[int]
+    CHUNK_FIELD_NUMBER: _ClassVar[int]
+    STEP_FIELD_NUMBER: _ClassVar[int]
+    STEPS_FIELD_NUMBER: _ClassVar[int]
+    WAITEDMS_FIELD_NUMBER: _ClassVar[int]
+    SENDS_FIELD_NUMBER: _ClassVar[int]
+    OPERATION_FIELD_NUMBER: _ClassVar[int]
+    rank: int
+    chunk: int
+    step: int
+    steps: int
+    waitedMs: int
+    sends: bool
+    operation: int
+    def __init__(self, rank: _Optional[int] = ..., chunk: _Optional[int] = ..., step: _Optional[int] = ..., steps: _Optional[int] = ..., waitedMs: _Optional[int] = ..., sends: bool = ..., operation: _Optional[int] = ...) -> None: ...
 
 class HeartbeatRequest(_message.Message):
     __slots__ = ("intervalMs",)
@@ -418,16 +455,18 @@ class Peer(_message.Message):
     def __init__(self, deviceId: _Optional[int] = ..., address: _Optional[str] = ..., transport: _Optional[_Union[Transport, str]] = ..., sharedMemory: _Optional[_Union[SharedMemory, _Mapping]] = ...) -> None: ...
 
 class JoinCommRequest(_message.Message):
-    __slots__ = ("commId", "rank", "peers", "deviceId")
+    __slots__ = ("commId", "rank", "peers", "deviceId", "epoch")
     COMMID_FIELD_NUMBER: _ClassVar[int]
     RANK_FIELD_NUMBER: _ClassVar[int]
     PEERS_FIELD_NUMBER: _ClassVar[int]
     DEVICEID_FIELD_NUMBER: _ClassVar[int]
+    EPOCH_FIELD_NUMBER: _ClassVar[int]
     commId: int
     rank: int
     peers: _containers.RepeatedCompositeFieldContainer[Peer]
     deviceId: int
-    def __init__(self, commId: _Optional[int] = ..., rank: _Optional[int] = ..., peers: _Optional[_Iterable[_Union[Peer, _Mapping]]] = ..., deviceId: _Optional[int] = ...) -> None: ...
+    epoch: int
+    def __init__(self, commId: _Optional[int] = ..., rank: _Optional[int] = ..., peers: _Optional[_Iterable[_Union[Peer, _Mapping]]] = ..., deviceId: _Optional[int] = ..., epoch: _Optional[int] = ...) -> None: ...
 
 class JoinCommResponse(_message.Message):
     __slots__ = ("unreachable",)
@@ -552,23 +591,35 @@ class RankAddress(_message.Message):
     def __init__(self, rank: _Optional[int] = ..., addr: _Optional[int] = ...) -> None: ...
 
 class Pass(_message.Message):
-    __slots__ = ("dtype", "op", "count", "sources", "destinations", "weights")
+    __slots__ = ("dtype", "op", "count", "sources", "destinations", "weights", "staged")
     DTYPE_FIELD_NUMBER: _ClassVar[int]
     OP_FIELD_NUMBER: _ClassVar[int]
     COUNT_FIELD_NUMBER: _ClassVar[int]
     SOURCES_FIELD_NUMBER: _ClassVar[int]
     DESTINATIONS_FIELD_NUMBER: _ClassVar[int]
     WEIGHTS_FIELD_NUMBER: _ClassVar[int]
+    STAGED_FIELD_NUMBER: _ClassVar[int]
     dtype: DataType
     op: ReduceOp
     count: int
     sources: _containers.RepeatedCompositeFieldContainer[RankAddress]
     destinations: _containers.RepeatedCompositeFieldContainer[RankAddress]
     weights: _containers.RepeatedScalarFieldContainer[float]
-    def __init__(self, dtype: _Optional[_Union[DataType, str]] = ..., op: _Optional[_Union[ReduceOp, str]] = ..., count: _Optional[int] = ..., sources: _Optional[_Iterable[_Union[RankAddress, _Mapping]]] = ..., destinations: _Optional[_Iterable[_Union[RankAddress, _Mapping]]] = ..., weights: _Optional[_Iterable[float]] = ...) -> None: ...
+    staged: RankAddress
+    def __init__(self, dtype: _Optional[_Union[DataType, str]] = ..., op: _Optional[_Union[ReduceOp, str]] = ..., count: _Optional[int] = ..., sources: _Optional[_Iterable[_Union[RankAddress, _Mapping]]] = ..., destinations: _Optional[_Iterable[_Union[RankAddress, _Mapping]]] = ..., weights: _Optional[_Iterable[float]] = ..., staged: _Optional[_Union[RankAddress, _Mapping]] = ...) -> None: ...
 
 class ExecuteRequest(_message.Message):
-    __slots__ = ("commId", "deviceId", "programs", "operations", "links", "stallTimeoutMs", "sliceBytes", "passes", "round")
+    __slots__ = ("commId", "deviceId", "programs", "operations", "links", "stallTimeoutMs", "sliceBytes", "passes", "round", "phase", "resumedRanks", "epoch", "kept")
+    class Phase(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+        __slots__ = ()
+        RUN: _ClassVar[ExecuteRequest.Phase]
+        PREPARE: _ClassVar[ExecuteRequest.Phase]
+        COMMIT: _ClassVar[ExecuteRequest.Phase]
+        RESUME: _ClassVar[ExecuteRequest.Phase]
+    RUN: ExecuteRequest.Phase
+    PREPARE: ExecuteRequest.Phase
+    COMMIT: ExecuteRequest.Phase
+    RESUME: ExecuteRequest.Phase
     COMMID_FIELD_NUMBER: _ClassVar[int]
     DEVICEID_FIELD_NUMBER: _ClassVar[int]
     PROGRAMS_FIELD_NUMBER: _ClassVar[int]
@@ -578,6 +629,10 @@ class ExecuteRequest(_message.Message):
     SLICEBYTES_FIELD_NUMBER: _ClassVar[int]
     PASSES_FIELD_NUMBER: _ClassVar[int]
     ROUND_FIELD_NUMBER: _ClassVar[int]
+    PHASE_FIELD_NUMBER: _ClassVar[int]
+    RESUMEDRANKS_FIELD_NUMBER: _ClassVar[int]
+    EPOCH_FIELD_NUMBER: _ClassVar[int]
+    KEPT_FIELD_NUMBER: _ClassVar[int]
     commId: int
     deviceId: int
     programs: _containers.RepeatedCompositeFieldContainer[Program]
@@ -587,25 +642,33 @@ class ExecuteRequest(_message.Message):
     sliceBytes: int
     passes: _containers.RepeatedCompositeFieldContainer[Pass]
     round: int
-    def __init__(self, commId: _Optional[int] = ..., deviceId: _Optional[int] = ..., programs: _Optional[_Iterable[_Union[Program, _Mapping]]] = ..., operations: _Optional[_Iterable[_Union[Operation, _Mapping]]] = ..., links: _Optional[_Iterable[_Union[Link, _Mapping]]] = ..., stallTimeoutMs: _Optional[int] = ..., sliceBytes: _Optional[int] = ..., passes: _Optional[_Iterable[_Union[Pass, _Mapping]]] = ..., round: _Optional[int] = ...) -> None: ...
+    phase: ExecuteRequest.Phase
+    resumedRanks: _containers.RepeatedScalarFieldContainer[int]
+    epoch: int
+    kept: _containers.RepeatedCompositeFieldContainer[Piece]
+    def __init__(self, commId: _Optional[int] = ..., deviceId: _Optional[int] = ..., programs: _Optional[_Iterable[_Union[Program, _Mapping]]] = ..., operations: _Optional[_Iterable[_Union[Operation, _Mapping]]] = ..., links: _Optional[_Iterable[_Union[Link, _Mapping]]] = ..., stallTimeoutMs: _Optional[int] = ..., sliceBytes: _Optional[int] = ..., passes: _Optional[_Iterable[_Union[Pass, _Mapping]]] = ..., round: _Optional[int] = ..., phase: _Optional[_Union[ExecuteRequest.Phase, str]] = ..., resumedRanks: _Optional[_Iterable[int]] = ..., epoch: _Optional[int] = ..., kept: _Optional[_Iterable[_Union[Piece, _Mapping]]] = ...) -> None: ...
 
 class ExecuteResponse(_message.Message):
-    __slots__ = ("bytesSent",)
+    __slots__ = ("bytesSent", "begun")
     BYTESSENT_FIELD_NUMBER: _ClassVar[int]
+    BEGUN_FIELD_NUMBER: _ClassVar[int]
     bytesSent: int
-    def __init__(self, bytesSent: _Optional[int] = ...) -> None: ...
+    begun: bool
+    def __init__(self, bytesSent: _Optional[int] = ..., begun: bool = ...) -> None: ...
 
 class MallocRequest(_message.Message):
-    __slots__ = ("deviceId", "numBytes", "commId", "idempotencyKey")
+    __slots__ = ("deviceId", "numBytes", "commId", "at", "idempotencyKey")
     DEVICEID_FIELD_NUMBER: _ClassVar[int]
     NUMBYTES_FIELD_NUMBER: _ClassVar[int]
     COMMID_FIELD_NUMBER: _ClassVar[int]
+    AT_FIELD_NUMBER: _ClassVar[int]
     IDEMPOTENCYKEY_FIELD_NUMBER: _ClassVar[int]
     deviceId: DeviceId
     numBytes: int
     commId: int
+    at: int
     idempotencyKey: str
-    def __init__(self, deviceId: _Optional[_Union[DeviceId, _Mapping]] = ..., numBytes: _Optional[int] = ..., commId: _Optional[int] = ..., idempotencyKey: _Optional[str] = ...) -> None: ...
+    def __init__(self, deviceId: _Optional[_Union[DeviceId, _Mapping]] = ..., numBytes: _Optional[int] = ..., commId: _Optional[int] = ..., at: _Optional[int] = ..., idempotencyKey: _Optional[str] = ...) -> None: ...
 
 class MallocResponse(_message.Message):
     __slots__ = ("memAddr",)
@@ -658,16 +721,18 @@ class HoldMemoryRequest(_message.Message):
     def __init__(self, deviceId: _Optional[_Union[DeviceId, _Mapping]] = ..., memAddr: _Optional[_Union[MemAddr, _Mapping]] = ..., numBytes: _Optional[int] = ..., writes: bool = ...) -> None: ...
 
 class CommInitRequest(_message.Message):
-    __slots__ = ("numDevices", "deviceIds", "transport", "idempotencyKey")
+    __slots__ = ("numDevices", "deviceIds", "transport", "onFailure", "idempotencyKey")
     NUMDEVICES_FIELD_NUMBER: _ClassVar[int]
     DEVICEIDS_FIELD_NUMBER: _ClassVar[int]
     TRANSPORT_FIELD_NUMBER: _ClassVar[int]
+    ONFAILURE_FIELD_NUMBER: _ClassVar[int]
     IDEMPOTENCYKEY_FIELD_NUMBER: _ClassVar[int]
     numDevices: int
     deviceIds: _containers.RepeatedScalarFieldContainer[int]
     transport: Transport
+    onFailure: OnFailure
     idempotencyKey: str
-    def __init__(self, numDevices: _Optional[int] = ..., deviceIds: _Optional[_Iterable[int]] = ..., transport: _Optional[_Union[Transport, str]] = ..., idempotencyKey: _Optional[str] = ...) -> None: ...
+    def __init__(self, numDevices: _Optional[int] = ..., deviceIds: _Optional[_Iterable[int]] = ..., transport: _Optional[_Union[Transport, str]] = ..., onFailure: _Optional[_Union[OnFailure, str]] = ..., idempotencyKey: _Optional[str] = ...) -> None: ...
 
 class CommInitResponse(_message.Message):
     __slots__ = ("success", "commId", "devices", "lane")
@@ -688,14 +753,18 @@ class GetCommStatusRequest(_message.Message):
     def __init__(self, commId: _Optional[int] = ...) -> None: ...
 
 class GetCommStatusResponse(_message.Message):
-    __slots__ = ("status", "message", "lane")
+    __slots__ = ("status", "message", "epoch", "devices", "lane")
     STATUS_FIELD_NUMBER: _ClassVar[int]
     MESSAGE_FIELD_NUMBER: _ClassVar[int]
+    EPOCH_FIELD_NUMBER: _ClassVar[int]
+    DEVICES_FIELD_NUMBER: _ClassVar[int]
     LANE_FIELD_NUMBER: _ClassVar[int]
     status: Status
     message: str
+    epoch: int
+    devices: _containers.RepeatedCompositeFieldContainer[DeviceMetadata]
     lane: str
-    def __init__(self, status: _Optional[_Union[Status, str]] = ..., message: _Optional[str] = ..., lane: _Optional[str] = ...) -> None: ...
+    def __init__(self, status: _Optional[_Union[Status, str]] = ..., message: _Optional[str] = ..., epoch: _Optional[int] = ..., devices: _Optional[_Iterable[_Union[DeviceMetadata, _Mapping]]] = ..., lane: _Optional[str] = ...) -> None: ...
 
 class RegisterDevicesRequest(_message.Message):
     __slots__ = ("address",)
@@ -738,14 +807,16 @@ class ArrayPart(_message.Message):
     def __init__(self, shape: _Optional[_Iterable[int]] = ..., memAddr: _Optional[int] = ...) -> None: ...
 
 class CheckpointRequest(_message.Message):
-    __slots__ = ("commId", "url", "arrays")
+    __slots__ = ("commId", "url", "arrays", "epoch")
     COMMID_FIELD_NUMBER: _ClassVar[int]
     URL_FIELD_NUMBER: _ClassVar[int]
     ARRAYS_FIELD_NUMBER: _ClassVar[int]
+    EPOCH_FIELD_NUMBER: _ClassVar[int]
     commId: int
     url: str
     arrays: _containers.RepeatedCompositeFieldContainer[CheckpointArray]
-    def __init__(self, commId: _Optional[int] = ..., url: _Optional[str] = ..., arrays: _Optional[_Iterable[_Union[CheckpointArray, _Mapping]]] = ...) -> None: ...
+    epoch: int
+    def __init__(self, commId: _Optional[int] = ..., url: _Optional[str] = ..., arrays: _Optional[_Iterable[_Union[CheckpointArray, _Mapping]]] = ..., epoch: _Optional[int] = ...) -> None: ...
 
 class CheckpointProgress(_message.Message):
     __slots__ = ("bytesWritten", "bytesTotal", "copied", "complete")
@@ -760,16 +831,18 @@ class CheckpointProgress(_message.Message):
     def __init__(self, bytesWritten: _Optional[int] = ..., bytesTotal: _Optional[int] = ..., copied: bool = ..., complete: bool = ...) -> None: ...
 
 class RestoreRequest(_message.Message):
-    __slots__ = ("commId", "url", "arrays", "describeOnly")
+    __slots__ = ("commId", "url", "arrays", "epoch", "describeOnly")
     COMMID_FIELD_NUMBER: _ClassVar[int]
     URL_FIELD_NUMBER: _ClassVar[int]
     ARRAYS_FIELD_NUMBER: _ClassVar[int]
+    EPOCH_FIELD_NUMBER: _ClassVar[int]
     DESCRIBEONLY_FIELD_NUMBER: _ClassVar[int]
     commId: int
     url: str
     arrays: _containers.RepeatedCompositeFieldContainer[CheckpointArray]
+    epoch: int
     describeOnly: bool
-    def __init__(self, commId: _Optional[int] = ..., url: _Optional[str] = ..., arrays: _Optional[_Iterable[_Union[CheckpointArray, _Mapping]]] = ..., describeOnly: bool = ...) -> None: ...
+    def __init__(self, commId: _Optional[int] = ..., url: _Optional[str] = ..., arrays: _Optional[_Iterable[_Union[CheckpointArray, _Mapping]]] = ..., epoch: _Optional[int] = ..., describeOnly: bool = ...) -> None: ...
 
 class RestoreResponse(_message.Message):
     __slots__ = ("numBytes", "arrays")
@@ -814,33 +887,53 @@ class GroupEndResponse(_message.Message):
     def __init__(self, success: bool = ..., result: _Optional[_Union[CollectiveResult, _Mapping]] = ...) -> None: ...
 
 class CollectiveResult(_message.Message):
-    __slots__ = ("algorithm", "transports", "elapsedNs", "bytesSent", "operations")
+    __slots__ = ("algorithm", "transports", "elapsedNs", "bytesSent", "operations", "deviceIds", "epoch", "lost")
     ALGORITHM_FIELD_NUMBER: _ClassVar[int]
     TRANSPORTS_FIELD_NUMBER: _ClassVar[int]
     ELAPSEDNS_FIELD_NUMBER: _ClassVar[int]
     BYTESSENT_FIELD_NUMBER: _ClassVar[int]
     OPERATIONS_FIELD_NUMBER: _ClassVar[int]
+    DEVICEIDS_FIELD_NUMBER: _ClassVar[int]
+    EPOCH_FIELD_NUMBER: _ClassVar[int]
+    LOST_FIELD_NUMBER: _ClassVar[int]
     algorithm: str
     transports: _containers.RepeatedScalarFieldContainer[Transport]
     elapsedNs: int
     bytesSent: int
     operations: _containers.RepeatedCompositeFieldContainer[OperationChoice]
-    def __init__(self, algorithm: _Optional[str] = ..., transports: _Optional[_Iterable[_Union[Transport, str]]] = ..., elapsedNs: _Optional[int] = ..., bytesSent: _Optional[int] = ..., operations: _Optional[_Iterable[_Union[OperationChoice, _Mapping]]] = ...) -> None: ...
+    deviceIds: _containers.RepeatedScalarFieldContainer[int]
+    epoch: int
+    lost: _containers.RepeatedCompositeFieldContainer[LostDevice]
+    def __init__(self, algorithm: _Optional[str] = ..., transports: _Optional[_Iterable[_Union[Transport, str]]] = ..., elapsedNs: _Optional[int] = ..., bytesSent: _Optional[int] = ..., operations: _Optional[_Iterable[_Union[OperationChoice, _Mapping]]] = ..., deviceIds: _Optional[_Iterable[int]] = ..., epoch: _Optional[int] = ..., lost: _Optional[_Iterable[_Union[LostDevice, _Mapping]]] = ...) -> None: ...
+
+class LostDevice(_message.Message):
+    __slots__ = ("deviceId", "rank", "reason", "detectionNs")
+    DEVICEID_FIELD_NUMBER: _ClassVar[int]
+    RANK_FIELD_NUMBER: _ClassVar[int]
+    REASON_FIELD_NUMBER: _ClassVar[int]
+    DETECTIONNS_FIELD_NUMBER: _ClassVar[int]
+    deviceId: int
+    rank: int
+    reason: str
+    detectionNs: int
+    def __init__(self, deviceId: _Optional[int] = ..., rank: _Optional[int] = ..., reason: _Optional[str] = ..., detectionNs: _Optional[int] = ...) -> None: ...
 
 class OperationChoice(_message.Message):
-    __slots__ = ("kind", "algorithm", "reason", "predictedNs")
+    __slots__ = ("kind", "algorithm", "reason", "predictedNs", "deviceIds")
     KIND_FIELD_NUMBER: _ClassVar[int]
     ALGORITHM_FIELD_NUMBER: _ClassVar[int]
     REASON_FIELD_NUMBER: _ClassVar[int]
     PREDICTEDNS_FIELD_NUMBER: _ClassVar[int]
+    DEVICEIDS_FIELD_NUMBER: _ClassVar[int]
     kind: CollectiveRequest.Kind
     algorithm: str
     reason: str
     predictedNs: int
-    def __init__(self, kind: _Optional[_Union[CollectiveRequest.Kind, str]] = ..., algorithm: _Optional[str] = ..., reason: _Optional[str] = ..., predictedNs: _Optional[int] = ...) -> None: ...
+    deviceIds: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, kind: _Optional[_Union[CollectiveRequest.Kind, str]] = ..., algorithm: _Optional[str] = ..., reason: _Optional[str] = ..., predictedNs: _Optional[int] = ..., deviceIds: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class CollectiveRequest(_message.Message):
-    __slots__ = ("commId", "kind", "dtype", "op", "root", "counts", "buffers", "sendRecvs", "algorithm", "schedule", "weights", "idempotencyKey", "checkOnly")
+    __slots__ = ("commId", "kind", "dtype", "op", "root", "counts", "buffers", "sendRecvs", "algorithm", "schedule", "weights", "epoch", "idempotencyKey", "checkOnly")
     class Kind(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
         __slots__ = ()
         KIND_UNSPECIFIED: _ClassVar[CollectiveRequest.Kind]
@@ -876,6 +969,7 @@ class CollectiveRequest(_message.Message):
     ALGORITHM_FIELD_NUMBER: _ClassVar[int]
     SCHEDULE_FIELD_NUMBER: _ClassVar[int]
     WEIGHTS_FIELD_NUMBER: _ClassVar[int]
+    EPOCH_FIELD_NUMBER: _ClassVar[int]
     IDEMPOTENCYKEY_FIELD_NUMBER: _ClassVar[int]
     CHECKONLY_FIELD_NUMBER: _ClassVar[int]
     commId: int
@@ -889,9 +983,10 @@ class CollectiveRequest(_message.Message):
     algorithm: str
     schedule: Schedule
     weights: _containers.RepeatedScalarFieldContainer[float]
+    epoch: int
     idempotencyKey: str
     checkOnly: bool
-    def __init__(self, commId: _Optional[int] = ..., kind: _Optional[_Union[CollectiveRequest.Kind, str]] = ..., dtype: _Optional[_Union[DataType, str]] = ..., op: _Optional[_Union[ReduceOp, str]] = ..., root: _Optional[int] = ..., counts: _Optional[_Iterable[int]] = ..., buffers: _Optional[_Iterable[_Union[RankBuffers, _Mapping]]] = ..., sendRecvs: _Optional[_Iterable[_Union[SendRecv, _Mapping]]] = ..., algorithm: _Optional[str] = ..., schedule: _Optional[_Union[Schedule, _Mapping]] = ..., weights: _Optional[_Iterable[float]] = ..., idempotencyKey: _Optional[str] = ..., checkOnly: bool = ...) -> None: ...
+    def __init__(self, commId: _Optional[int] = ..., kind: _Optional[_Union[CollectiveRequest.Kind, str]] = ..., dtype: _Optional[_Union[DataType, str]] = ..., op: _Optional[_Union[ReduceOp, str]] = ..., root: _Optional[int] = ..., counts: _Optional[_Iterable[int]] = ..., buffers: _Optional[_Iterable[_Union[RankBuffers, _Mapping]]] = ..., sendRecvs: _Optional[_Iterable[_Union[SendRecv, _Mapping]]] = ..., algorithm: _Optional[str] = ..., schedule: _Optional[_Union[Schedule, _Mapping]] = ..., weights: _Optional[_Iterable[float]] = ..., epoch: _Optional[int] = ..., idempotencyKey: _Optional[str] = ..., checkOnly: bool = ...) -> None: ...
 
 class RankBuffers(_message.Message):
     __slots__ = ("sendAddr", "recvAddr")
@@ -974,7 +1069,7 @@ class SetCostModelResponse(_message.Message):
     def __init__(self) -> None: ...
 
 class AllReduceRingRequest(_message.Message):
-    __slots__ = ("commId", "count", "op", "memAddrs", "dtype", "idempotencyKey")
+    __slots__ = ("commId", "count", "op", "memAddrs", "dtype", "epoch", "idempotencyKey")
     class MemAddrsEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -987,14 +1082,16 @@ class AllReduceRingRequest(_message.Message):
     OP_FIELD_NUMBER: _ClassVar[int]
     MEMADDRS_FIELD_NUMBER: _ClassVar[int]
     DTYPE_FIELD_NUMBER: _ClassVar[int]
+    EPOCH_FIELD_NUMBER: _ClassVar[int]
     IDEMPOTENCYKEY_FIELD_NUMBER: _ClassVar[int]
     commId: int
     count: int
     op: ReduceOp
     memAddrs: _containers.MessageMap[int, MemAddr]
     dtype: DataType
+    epoch: int
     idempotencyKey: str
-    def __init__(self, commId: _Optional[int] = ..., count: _Optional[int] = ..., op: _Optional[_Union[ReduceOp, str]] = ..., memAddrs: _Optional[_Mapping[int, MemAddr]] = ..., dtype: _Optional[_Union[DataType, str]] = ..., idempotencyKey: _Optional[str] = ...) -> None: ...
+    def __init__(self, commId: _Optional[int] = ..., count: _Optional[int] = ..., op: _Optional[_Union[ReduceOp, str]] = ..., memAddrs: _Optional[_Mapping[int, MemAddr]] = ..., dtype: _Optional[_Union[DataType, str]] = ..., epoch: _Optional[int] = ..., idempotencyKey: _Optional[str] = ...) -> None: ...
 
 class AllReduceRingResponse(_message.Message):
     __slots__ = ("success", "result")
@@ -1005,7 +1102,7 @@ class AllReduceRingResponse(_message.Message):
     def __init__(self, success: bool = ..., result: _Optional[_Union[CollectiveResult, _Mapping]] = ...) -> None: ...
 
 class NaiveAllReduceRequest(_message.Message):
-    __slots__ = ("comm_id", "count", "op", "mem_addrs", "dtype", "idempotencyKey")
+    __slots__ = ("comm_id", "count", "op", "mem_addrs", "dtype", "epoch", "idempotencyKey")
     class MemAddrsEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -1018,14 +1115,16 @@ class NaiveAllReduceRequest(_message.Message):
     OP_FIELD_NUMBER: _ClassVar[int]
     MEM_ADDRS_FIELD_NUMBER: _ClassVar[int]
     DTYPE_FIELD_NUMBER: _ClassVar[int]
+    EPOCH_FIELD_NUMBER: _ClassVar[int]
     IDEMPOTENCYKEY_FIELD_NUMBER: _ClassVar[int]
     comm_id: int
     count: int
     op: ReduceOp
     mem_addrs: _containers.MessageMap[int, MemAddr]
     dtype: DataType
+    epoch: int
     idempotencyKey: str
-    def __init__(self, comm_id: _Optional[int] = ..., count: _Optional[int] = ..., op: _Optional[_Union[ReduceOp, str]] = ..., mem_addrs: _Optional[_Mapping[int, MemAddr]] = ..., dtype: _Optional[_Union[DataType, str]] = ..., idempotencyKey: _Optional[str] = ...) -> None: ...
+    def __init__(self, comm_id: _Optional[int] = ..., count: _Optional[int] = ..., op: _Optional[_Union[ReduceOp, str]] = ..., mem_addrs: _Optional[_Mapping[int, MemAddr]] = ..., dtype: _Optional[_Union[DataType, str]] = ..., epoch: _Optional[int] = ..., idempotencyKey: _Optional[str] = ...) -> None: ...
 
 class NaiveAllReduceResponse(_message.Message):
     __slots__ = ("success", "result")

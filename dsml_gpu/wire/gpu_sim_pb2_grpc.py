@@ -187,8 +187,9 @@ class GPUDeviceServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def Quiesce(self, request, context):
-        """Answers when no Execute of the communicator runs here any more; those that do are aborted. Also settles what an atomic
-        round did to this device's memory; to COMMIT one aborts nothing. Idempotent. Errors: INVALID_ARGUMENT.
+        """Answers when no Execute of the communicator runs here any more; those that do are aborted, and tell what they
+        waited for. Also settles what an atomic round did to this device's memory; to COMMIT one aborts nothing. Idempotent.
+        Errors: INVALID_ARGUMENT.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

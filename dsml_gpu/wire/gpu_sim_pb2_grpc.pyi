@@ -114,8 +114,9 @@ class GPUDeviceStub:
         dsml_gpu.wire.gpu_sim_pb2.QuiesceRequest,
         dsml_gpu.wire.gpu_sim_pb2.QuiesceResponse,
     ]
-    """Answers when no Execute of the communicator runs here any more; those that do are aborted. Also settles what an atomic
-    round did to this device's memory; to COMMIT one aborts nothing. Idempotent. Errors: INVALID_ARGUMENT.
+    """Answers when no Execute of the communicator runs here any more; those that do are aborted, and tell what they
+    waited for. Also settles what an atomic round did to this device's memory; to COMMIT one aborts nothing. Idempotent.
+    Errors: INVALID_ARGUMENT.
     """
 
     Heartbeat: grpc.UnaryStreamMultiCallable[
@@ -252,8 +253,9 @@ class GPUDeviceAsyncStub:
         dsml_gpu.wire.gpu_sim_pb2.QuiesceRequest,
         dsml_gpu.wire.gpu_sim_pb2.QuiesceResponse,
     ]
-    """Answers when no Execute of the communicator runs here any more; those that do are aborted. Also settles what an atomic
-    round did to this device's memory; to COMMIT one aborts nothing. Idempotent. Errors: INVALID_ARGUMENT.
+    """Answers when no Execute of the communicator runs here any more; those that do are aborted, and tell what they
+    waited for. Also settles what an atomic round did to this device's memory; to COMMIT one aborts nothing. Idempotent.
+    Errors: INVALID_ARGUMENT.
     """
 
     Heartbeat: grpc.aio.UnaryStreamMultiCallable[
@@ -410,8 +412,9 @@ class GPUDeviceServicer(metaclass=abc.ABCMeta):
         request: dsml_gpu.wire.gpu_sim_pb2.QuiesceRequest,
         context: _ServicerContext,
     ) -> typing.Union[dsml_gpu.wire.gpu_sim_pb2.QuiesceResponse, collections.abc.Awaitable[dsml_gpu.wire.gpu_sim_pb2.QuiesceResponse]]:
-        """Answers when no Execute of the communicator runs here any more; those that do are aborted. Also settles what an atomic
-        round did to this device's memory; to COMMIT one aborts nothing. Idempotent. Errors: INVALID_ARGUMENT.
+        """Answers when no Execute of the communicator runs here any more; those that do are aborted, and tell what they
+        waited for. Also settles what an atomic round did to this device's memory; to COMMIT one aborts nothing. Idempotent.
+        Errors: INVALID_ARGUMENT.
         """
 
     @abc.abstractmethod
