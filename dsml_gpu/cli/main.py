@@ -234,6 +234,15 @@ def coordinator(
             "overwritten, while the collective runs."
         ),
     ] = True,
+    on_failure: Annotated[
+        str,
+        typer.Option(
+            metavar="shrink|fail|restore",
+            help="What becomes of an operation when a device of it dies, where the communicator does not say: it runs again "
+            "on the others, it fails and so do all later ones, or a free device takes the place with its memory from the "
+            "last checkpoint.",
+        ),
+    ] = "shrink",
     cost_model: Annotated[
         Path | None,
         typer.Option(
@@ -284,6 +293,7 @@ def coordinator(
             cost_model,
             detection=serve.detection_or_exit(heartbeat, dead_after, failed_requests),
             atomic=atomic,
+            on_failure=serve.on_failure_or_exit(on_failure),
         ),
         transfers=serve.transfer_settings_or_exit(
             slice_bytes, stall_timeout, link_latency, link_bandwidth, host_name, share_memory

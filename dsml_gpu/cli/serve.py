@@ -201,6 +201,14 @@ def transport_or_exit(name: str) -> int:
     return TRANSPORTS[name.upper()]
 
 
+def on_failure_or_exit(name: str) -> int:
+    """Number of ``enum OnFailure``."""
+    numbers = {one.lower(): number for one, number in pb.OnFailure.items() if number}
+    if name not in numbers:
+        fail(f"--on-failure must be {', '.join(numbers)}, not {name!r}")
+    return numbers[name]
+
+
 def transfer_settings_or_exit(
     slice_bytes: int,
     stall_timeout_s: float,

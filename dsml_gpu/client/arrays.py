@@ -40,6 +40,10 @@ class Device:
         self._connection = connection
         self._comm_id = comm_id
         self._has_ended = has_ended  # the communicator that this device, and what is allocated on it, belongs to
+        self.become(metadata)
+
+    def become(self, metadata: pb.DeviceMetadata) -> None:
+        """Another device has taken the place of this one, with what is in its memory."""
         self.metadata = metadata
         self.device_id: int = metadata.deviceId.value
         self.address: str = metadata.address
@@ -47,7 +51,7 @@ class Device:
         self.name: str = metadata.deviceName
         self.min_addr: int = metadata.minMemAddr.value
         self.max_addr: int = metadata.maxMemAddr.value
-        self._shared = SharedCopies(connection, self.device_id, self.backend)
+        self._shared = SharedCopies(self._connection, self.device_id, self.backend)
 
     def empty(self, shape: int | tuple[int, ...], dtype: Any = np.float64) -> DeviceArray:
         """A new array; its contents are undefined.

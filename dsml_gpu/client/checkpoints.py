@@ -13,7 +13,8 @@ from contextlib import suppress
 
 import numpy as np
 
-from dsml_gpu.client.arrays import Device, DeviceArray
+from dsml_gpu.client.arrays import DeviceArray
+from dsml_gpu.client.epochs import Members
 from dsml_gpu.client.rpc import Answers, CoordinatorConnection
 from dsml_gpu.errors import DsmlError, InternalError, InvalidValue, OperationTimeout, RankMismatch
 from dsml_gpu.reduction import dtype_of, wire_dtype
@@ -140,11 +141,14 @@ class Checkpoints:
         self.tracked = TrackedArrays()
 
     def save(
-        self, url: str | os.PathLike[str], arrays: Mapping[str, Sequence[DeviceArray]], devices: Sequence[Device]
+        self, url: str | os.PathLike[str], arrays: Mapping[str, Sequence[DeviceArray]], members: Members
     ) -> CheckpointJob:
         """See `Communicator.checkpoint`."""
         request = pb.CheckpointRequest(
-            commId=self._comm_id, url=_full_url(url), arrays=[_message(*item, devices) for item in arrays.items()]
+            commId=self._comm_id,
+            url=_full_url(url),
+            arrays=[_message(*item, members) for item in arrays.items()],
+            epoch=members.epoch,
         )
         job = CheckpointJob(request.url, self._connection.stream("Checkpoint", request, self._timeout_s(request.arrays)))
         job.wait_until_copied()
@@ -154,7 +158,7 @@ class Checkpoints:
     def restore(
         self,
         url: str | os.PathLike[str],
-        devices: Sequence[Device],
+        members: Members,
         into: Mapping[str, Sequence[DeviceArray]] | None,
         timeout_s: float | None,
     ) -> dict[str, list[DeviceArray]]:
@@ -162,15 +166,15 @@ class Checkpoints:
         url = _full_url(url)
         made: dict[str, list[DeviceArray]] = {}
         if into is not None:
-            self._restore_into(url, into, devices, timeout_s)
+            self._restore_into(url, into, members, timeout_s)
             return {name: list(arrays) for name, arrays in into.items()}
         request = pb.RestoreRequest(commId=self._comm_id, url=url, describeOnly=True)
         try:
             for array in self._connection.call("Restore", request, self._timeout_s([])).arrays:
                 own = made[array.name] = []
-                for device, part in zip(devices, array.parts, strict=True):
+                for device, part in zip(members.devices, array.parts, strict=True):
                     own.append(device.empty(tuple(part.shape), dtype_of(array.dtype)))
-            self._restore_into(url, made, devices, timeout_s)
+            self._restore_into(url, made, members, timeout_s)
         except BaseException:
             for array in itertools.chain.from_iterable(made.values()):
                 with suppress(DsmlError):  # what came before is the error to be seen
@@ -181,10 +185,10 @@ class Checkpoints:
         return made
 
     def _restore_into(
-        self, url: str, arrays: Mapping[str, Sequence[DeviceArray]], devices: Sequence[Device], timeout_s: float | None
+        self, url: str, arrays: Mapping[str, Sequence[DeviceArray]], members: Members, timeout_s: float | None
     ) -> None:
-        messages = [_message(*item, devices) for item in arrays.items()]
-        request = pb.RestoreRequest(commId=self._comm_id, url=url, arrays=messages)
+        messages = [_message(*item, members) for item in arrays.items()]
+        request = pb.RestoreRequest(commId=self._comm_id, url=url, arrays=messages, epoch=members.epoch)
         self._connection.call("Restore", request, timeout_s or self._timeout_s(messages))
 
     def wait(self) -> None:
@@ -198,15 +202,12 @@ class Checkpoints:
         return self._connection.collective_timeout_s + nbytes / _SLOWEST_STORAGE_BYTES_PER_S
 
 
-def _message(name: str, arrays: Sequence[DeviceArray], devices: Sequence[Device]) -> pb.CheckpointArray:
-    if len(arrays) != len(devices):
-        raise RankMismatch(f"{len(devices)} ranks need one array {name!r} each, got {len(arrays)}")
-    for rank, (array, device) in enumerate(zip(arrays, devices, strict=True)):
+def _message(name: str, arrays: Sequence[DeviceArray], members: Members) -> pb.CheckpointArray:
+    if len(arrays) != members.nranks:
+        raise RankMismatch(f"{members.nranks} ranks need one array {name!r} each, got {len(arrays)}")
+    for rank, array in enumerate(arrays):
         array._require_alive()
-        if array.device.device_id != device.device_id:
-            raise RankMismatch(
-                f"rank {rank} is device {device.device_id}, but its array {name!r} is on device {array.device.device_id}"
-            )
+        members.require_on(array, rank)
     types = {np.dtype(array.dtype) for array in arrays}
     if len(types) > 1:
         raise InvalidValue(f"{name!r} has types {', '.join(sorted(map(str, types)))} on different ranks, expected one")

@@ -26,7 +26,12 @@ class Client:
         return self._connection.target
 
     def communicator(
-        self, ndevices: int | None = None, *, device_ids: Sequence[int] | None = None, transport: str = "auto"
+        self,
+        ndevices: int | None = None,
+        *,
+        device_ids: Sequence[int] | None = None,
+        transport: str = "auto",
+        on_failure: str | None = None,
     ) -> Communicator:
         """A new communicator.
 
@@ -34,13 +39,17 @@ class Client:
             ndevices: number of ranks, on any free devices.
             device_ids: exactly these devices, in the order of ranks, also where other communicators use them.
             transport: ``"auto"``, ``"p2p"`` or ``"grpc"``.
+            on_failure: what becomes of an operation when a device dies. ``"shrink"``: it is undone and runs again on the
+                others. ``"fail"``: it is undone and fails, and so do all later ones, as with NCCL. ``"restore"``: a free
+                device takes the place, with its memory as the last checkpoint has it. None: as the coordinator was told,
+                which is ``"shrink"`` unless it was told otherwise.
 
         Raises:
             OutOfDevices: not enough devices are free.
             DeviceNotFound, PeerUnavailable: a named device does not exist or answer.
             InvalidValue: p2p between devices of different processes.
         """
-        request = init_request(ndevices, device_ids, transport)
+        request = init_request(ndevices, device_ids, transport, on_failure)
         return Communicator(self._connection, self._connection.call("CommInit", request))
 
     def devices(self) -> list[Device]:

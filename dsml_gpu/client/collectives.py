@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, cast
 
 import numpy as np
 
 from dsml_gpu.client.arrays import Device, DeviceArray
+from dsml_gpu.client.epochs import Epochs, Members
 from dsml_gpu.client.groups import Group, is_surely_valid
 from dsml_gpu.client.results import CollectiveResult, result_of
 from dsml_gpu.client.rpc import CoordinatorConnection
@@ -17,7 +19,16 @@ from dsml_gpu.schedules import Schedule
 from dsml_gpu.wire import gpu_sim_pb2 as pb
 
 OPS = {name.lower(): number for name, number in pb.ReduceOp.items()}
+ON_FAILURE = {name.lower(): number for name, number in pb.OnFailure.items() if number}
 TRANSPORTS = {name.lower(): number for name, number in pb.Transport.items()}
+
+
+@dataclass(frozen=True, slots=True)
+class _Typed:
+    """What all arrays of a call have in common: their type, and the epoch whose ranks they are on."""
+
+    dtype: np.dtype[Any]
+    members: Members
 
 
 class Collectives:
@@ -26,6 +37,11 @@ class Collectives:
     They are called once for all ranks, by whoever drives them. They return when every rank is done; inside
     `Communicator.group` they return None at once, and the group's end runs them. `arrays` has one array for each rank, in
     the order of ranks, on that rank's device. All arrays of a call have one type.
+
+    When a device dies, the collective is undone and run again on those that are left (`Client.communicator` takes other
+    wishes): it returns as if nothing had happened, `CollectiveResult.device_ids` says who took part, and `devices` and
+    `nranks` are those that are left. Later calls take the arrays of these, or still those of all former ranks, of which
+    the lost ones are ignored; `root` and blocks then count as they did, and blocks of lost ranks stay what they are.
 
     Where data has one block for each rank, blocks lie one behind the other. `counts` are their sizes in elements; None: as
     the arrays that hold one block each have them, or, in place, all the same.
@@ -40,20 +56,31 @@ class Collectives:
         InvalidValue: types or sizes do not fit, or an unknown name.
         BufferOverlap: arrays overlap otherwise than in place.
         ScheduleNotProved: a schedule of one's own that is not for this collective, as the coordinator sees it.
-        PeerUnavailable: a device is gone. All buffers that are left are as they were, where data went over gRPC
-            (`CollectiveResult.transports`); by p2p, outputs are undefined.
+        PeerUnavailable: a device is gone, and the communicator is not to go on without it, or cannot. All buffers that are
+            left are as they were.
+        RanksLost: it cannot be done without the ranks that are lost: the root, one end of a send, a schedule of one's own.
         OperationTimeout: nothing moved for the coordinator's stall timeout, or the deadline passed.
     """
 
     comm_id: int
-    devices: tuple[Device, ...]
     _connection: CoordinatorConnection
     _closed: bool
     _group: Group | None
+    _epochs: Epochs
+
+    @property
+    def devices(self) -> tuple[Device, ...]:
+        """Rank r is ``devices[r]``, as the last answer has told."""
+        return self._epochs.present.devices
 
     @property
     def nranks(self) -> int:
-        return len(self.devices)
+        return self._epochs.present.nranks
+
+    @property
+    def epoch(self) -> int:
+        """Version of its membership, from 1."""
+        return self._epochs.present.epoch
 
     def all_reduce(
         self,
@@ -74,10 +101,10 @@ class Collectives:
                 own type, float16 and bfloat16 in float32 and rounded once; for integers they are whole numbers.
         """
         out = arrays if out is None else out
-        dtype = self._one_type(arrays, out)
+        typed = self._one_type(arrays, out)
         count = _one_size([*enumerate(arrays), *enumerate(out)])
         buffers = [_buffers(source, result) for source, result in zip(arrays, out, strict=True)]
-        return self._reduce("ALL_REDUCE", [count], buffers, dtype, op, weights, algorithm, timeout_s)
+        return self._reduce("ALL_REDUCE", [count], buffers, typed, op, weights, algorithm, timeout_s)
 
     def reduce(
         self,
@@ -96,12 +123,12 @@ class Collectives:
             out: on the root, where it goes; None: in place.
             op, weights: as in `all_reduce`.
         """
-        self._require_root(root)
+        self._require_root(root, arrays)
         result = _at(arrays, root) if out is None else out
-        dtype = self._one_type(arrays, {root: result})
+        typed = self._one_type(arrays, {root: result})
         count = _one_size([*enumerate(arrays), (root, result)])
         buffers = [_buffers(source, result if rank == root else None) for rank, source in enumerate(arrays)]
-        return self._reduce("REDUCE", [count], buffers, dtype, op, weights, algorithm, timeout_s, root)
+        return self._reduce("REDUCE", [count], buffers, typed, op, weights, algorithm, timeout_s, root)
 
     def broadcast(
         self,
@@ -117,12 +144,12 @@ class Collectives:
         Args:
             source: on the root, what it has; None: ``arrays[root]``.
         """
-        self._require_root(root)
+        self._require_root(root, arrays)
         source = _at(arrays, root) if source is None else source
-        dtype = self._one_type(arrays, {root: source})
+        typed = self._one_type(arrays, {root: source})
         count = _one_size([*enumerate(arrays), (root, source)])
         buffers = [_buffers(source if rank == root else None, result) for rank, result in enumerate(arrays)]
-        return self._run("BROADCAST", [count], buffers, dtype, algorithm, timeout_s, root=root)
+        return self._run("BROADCAST", [count], buffers, typed, algorithm, timeout_s, root=root)
 
     def reduce_scatter(
         self,
@@ -141,18 +168,18 @@ class Collectives:
             out: one block each, where it goes; None: in place, block r of ``arrays[r]``.
             op, weights: as in `all_reduce`.
         """
-        dtype = self._one_type(arrays, arrays if out is None else out)
-        blocks = _blocks(counts, out, arrays, self.nranks)
-        _require_sizes(arrays, [sum(blocks)] * self.nranks)
+        typed = self._one_type(arrays, arrays if out is None else out)
+        blocks = _blocks(counts, out, arrays, len(arrays))
+        _require_sizes(arrays, [sum(blocks)] * len(arrays))
         if out is not None:
             _require_sizes(out, blocks)
-        own = [array.addr + start * dtype.itemsize for array, start in zip(arrays, _starts(blocks), strict=True)]
+        own = [array.addr + start * typed.dtype.itemsize for array, start in zip(arrays, _starts(blocks), strict=True)]
         targets = own if out is None else [array.addr for array in out]
         buffers = [
             pb.RankBuffers(sendAddr=array.addr, recvAddr=target) for array, target in zip(arrays, targets, strict=True)
         ]
-        nbytes = _bytes(blocks, dtype)
-        return self._reduce("REDUCE_SCATTER", nbytes, buffers, dtype, op, weights, algorithm, timeout_s)
+        nbytes = _bytes(blocks, typed.dtype)
+        return self._reduce("REDUCE_SCATTER", nbytes, buffers, typed, op, weights, algorithm, timeout_s)
 
     def all_gather(
         self,
@@ -169,16 +196,16 @@ class Collectives:
             arrays: one block each; in place: room for all blocks, of which rank r has block r.
             out: room for all blocks on each rank; None: in place.
         """
-        dtype = self._one_type(arrays, arrays if out is None else out)
-        blocks = _blocks(counts, None if out is None else arrays, arrays, self.nranks)
-        _require_sizes(arrays if out is None else out, [sum(blocks)] * self.nranks)
+        typed = self._one_type(arrays, arrays if out is None else out)
+        blocks = _blocks(counts, None if out is None else arrays, arrays, len(arrays))
+        _require_sizes(arrays if out is None else out, [sum(blocks)] * len(arrays))
         if out is not None:
             _require_sizes(arrays, blocks)
-        own = [array.addr + start * dtype.itemsize for array, start in zip(arrays, _starts(blocks), strict=True)]
+        own = [array.addr + start * typed.dtype.itemsize for array, start in zip(arrays, _starts(blocks), strict=True)]
         sources = own if out is None else [array.addr for array in arrays]
         targets = [array.addr for array in (arrays if out is None else out)]
         buffers = [pb.RankBuffers(sendAddr=source, recvAddr=target) for source, target in zip(sources, targets, strict=True)]
-        return self._run("ALL_GATHER", _bytes(blocks, dtype), buffers, dtype, algorithm, timeout_s)
+        return self._run("ALL_GATHER", _bytes(blocks, typed.dtype), buffers, typed, algorithm, timeout_s)
 
     def gather(
         self,
@@ -196,14 +223,14 @@ class Collectives:
             arrays: one block each; in place: ``arrays[root]`` has room for all blocks, and its own in its place.
             out: on the root, room for all blocks; None: in place.
         """
-        self._require_root(root)
+        self._require_root(root, arrays)
         result = _at(arrays, root) if out is None else out
-        dtype = self._one_type(arrays, {root: result})
+        typed = self._one_type(arrays, {root: result})
         blocks = self._rooted_blocks(counts, arrays, result, root, in_place=out is None)
-        own = result.addr + _starts(blocks)[root] * dtype.itemsize if out is None else arrays[root].addr
+        own = result.addr + _starts(blocks)[root] * typed.dtype.itemsize if out is None else arrays[root].addr
         buffers = [_buffers(array, None) for array in arrays]
         buffers[root] = pb.RankBuffers(sendAddr=own, recvAddr=result.addr)
-        return self._run("GATHER", _bytes(blocks, dtype), buffers, dtype, algorithm, timeout_s, root=root)
+        return self._run("GATHER", _bytes(blocks, typed.dtype), buffers, typed, algorithm, timeout_s, root=root)
 
     def scatter(
         self,
@@ -221,18 +248,18 @@ class Collectives:
             source: on the root, all blocks.
             arrays: one block each, where they go; None at the root: its block stays where it is in `source`.
         """
-        self._require_root(root)
+        self._require_root(root, arrays)
         in_place = _at(arrays, root) is None
         targets = [source if array is None and rank == root else array for rank, array in enumerate(arrays)]
         if any(array is None for array in targets):
             raise RankMismatch("only the root's array may be None")
         filled = cast("list[DeviceArray]", targets)
-        dtype = self._one_type(filled, {root: source})
+        typed = self._one_type(filled, {root: source})
         blocks = self._rooted_blocks(counts, filled, source, root, in_place)
-        own = source.addr + _starts(blocks)[root] * dtype.itemsize if in_place else filled[root].addr
+        own = source.addr + _starts(blocks)[root] * typed.dtype.itemsize if in_place else filled[root].addr
         buffers = [_buffers(None, array) for array in filled]
         buffers[root] = pb.RankBuffers(sendAddr=source.addr, recvAddr=own)
-        return self._run("SCATTER", _bytes(blocks, dtype), buffers, dtype, algorithm, timeout_s, root=root)
+        return self._run("SCATTER", _bytes(blocks, typed.dtype), buffers, typed, algorithm, timeout_s, root=root)
 
     def all_to_all(
         self,
@@ -251,19 +278,19 @@ class Collectives:
             counts: elements, ``counts[s][d]`` from rank s to rank d; None: all the same.
         """
         results = arrays if out is None else out
-        dtype = self._one_type(arrays, results)
+        typed, nranks = self._one_type(arrays, results), len(arrays)
         if counts is None:
-            even = _even(arrays[0], self.nranks)
-            counts = [[even] * self.nranks] * self.nranks
-        if len(counts) != self.nranks or any(len(row) != self.nranks for row in counts):
-            raise RankMismatch(f"counts must be {self.nranks} rows of {self.nranks}, got rows of {[*map(len, counts)]}")
+            even = _even(arrays[0], nranks)
+            counts = [[even] * nranks] * nranks
+        if len(counts) != nranks or any(len(row) != nranks for row in counts):
+            raise RankMismatch(f"counts must be {nranks} rows of {nranks}, got rows of {[*map(len, counts)]}")
         if min(map(min, counts)) < 0:
             raise InvalidValue(f"counts must be 0 or more, got {min(map(min, counts))}")
         _require_sizes(arrays, [sum(row) for row in counts])
         _require_sizes(results, [sum(column) for column in zip(*counts, strict=True)])
         buffers = [_buffers(source, result) for source, result in zip(arrays, results, strict=True)]
         blocks = [count for row in counts for count in row]
-        return self._run("ALL_TO_ALL", _bytes(blocks, dtype), buffers, dtype, algorithm, timeout_s)
+        return self._run("ALL_TO_ALL", _bytes(blocks, typed.dtype), buffers, typed, algorithm, timeout_s)
 
     def send_recv(
         self,
@@ -289,11 +316,12 @@ class Collectives:
                     f"all arrays must be of type {dtype}, and two of a pair of one size; got {source.size} of "
                     f"{source.dtype} and {destination.size} of {destination.dtype}"
                 )
-        request = self._request("SEND_RECV", dtype, algorithm)
+        members = self._epochs.of_all([array for pair in pairs for array in pair])
+        request = self._request("SEND_RECV", _Typed(dtype, members), algorithm)
         for source, destination in pairs:
             request.sendRecvs.add(
-                src=self._rank_of(source),
-                dst=self._rank_of(destination),
+                src=self._rank_of(source, members),
+                dst=self._rank_of(destination, members),
                 count=source.nbytes,
                 sendAddr=source.addr,
                 recvAddr=destination.addr,
@@ -309,7 +337,8 @@ class Collectives:
     def barrier(self, *, algorithm: str | Schedule = "auto", timeout_s: float | None = None) -> CollectiveResult | None:
         """Returns when every rank has come this far: all work issued before on the devices is done."""
         self._require_open()
-        return self._call(self._request("BARRIER", np.dtype(np.uint8), algorithm), timeout_s)
+        typed = _Typed(np.dtype(np.uint8), self._epochs.present)
+        return self._call(self._request("BARRIER", typed, algorithm), timeout_s)
 
     # ---- what they share ----------------------------------------------------------------------------------------------
 
@@ -318,7 +347,7 @@ class Collectives:
         kind: str,
         counts: Sequence[int],
         buffers: Sequence[pb.RankBuffers],
-        dtype: np.dtype[Any],
+        typed: _Typed,
         op: str,
         weights: Sequence[float] | None,
         algorithm: str | Schedule,
@@ -326,51 +355,45 @@ class Collectives:
         root: int = 0,
     ) -> CollectiveResult | None:
         fields = {"op": lookup(OPS, op, "op"), "weights": () if weights is None else weights, "root": root}
-        if weights is not None and len(weights) != self.nranks:
-            raise RankMismatch(f"{self.nranks} ranks need one weight each, got {len(weights)}")
-        return self._run(kind, counts, buffers, dtype, algorithm, timeout_s, **fields)
+        if weights is not None and len(weights) != typed.members.nranks:
+            raise RankMismatch(f"{typed.members.nranks} ranks need one weight each, got {len(weights)}")
+        return self._run(kind, counts, buffers, typed, algorithm, timeout_s, **fields)
 
     def _run(
         self,
         kind: str,
         counts: Sequence[int],
         buffers: Sequence[pb.RankBuffers],
-        dtype: np.dtype[Any],
+        typed: _Typed,
         algorithm: str | Schedule,
         timeout_s: float | None,
         **fields: Any,
     ) -> CollectiveResult | None:
-        request = self._request(kind, dtype, algorithm, **fields)
+        request = self._request(kind, typed, algorithm, **fields)
         request.counts.extend(counts)
         request.buffers.extend(buffers)
         return self._call(request, timeout_s)
 
-    def _request(self, kind: str, dtype: np.dtype[Any], algorithm: str | Schedule, **fields: Any) -> pb.CollectiveRequest:
+    def _request(self, kind: str, typed: _Typed, algorithm: str | Schedule, **fields: Any) -> pb.CollectiveRequest:
         request = pb.CollectiveRequest(
             commId=self.comm_id,
             kind=kind,
-            dtype=pb.DataType.Name(wire_dtype(dtype)),
+            dtype=pb.DataType.Name(wire_dtype(typed.dtype)),
+            epoch=typed.members.epoch,
             **fields,
         )
         if isinstance(algorithm, Schedule):
-            self._require_same_collective(algorithm, request)
+            _require_same_collective(algorithm, request, typed.members.nranks)
             request.schedule.CopyFrom(wire_schedule(algorithm))
         else:
             request.algorithm = algorithm
         return request
 
-    def _require_same_collective(self, schedule: Schedule, request: pb.CollectiveRequest) -> None:
-        actual = (schedule.collective, schedule.nranks, schedule.root)
-        expected = (pb.CollectiveRequest.Kind.Name(request.kind).lower(), self.nranks, request.root)
-        if actual != expected:
-            said = "{} on {} ranks with root {}"
-            raise InvalidValue(f"the schedule is for {said.format(*actual)}, the call is {said.format(*expected)}")
-
     def _call(self, request: pb.CollectiveRequest, timeout_s: float | None) -> CollectiveResult | None:
         """Runs a collective, or puts it into the open group."""
         timeout_s = timeout_s or self._connection.collective_timeout_s
         if self._group is None:
-            return result_of(self._connection.call("Collective", request, timeout_s))
+            return self._heard(self._connection.call("Collective", request, timeout_s))
         if not is_surely_valid(request):
             request.checkOnly = True
             self._connection.call("Collective", request, timeout_s)
@@ -378,40 +401,50 @@ class Collectives:
         self._group.requests.append(request)
         return None
 
+    def _heard(self, response: Any) -> CollectiveResult | None:
+        """The result that an answer carries, once the client knows who is in the communicator now."""
+        result = result_of(response)
+        if result is not None and result.epoch > self._epochs.present.epoch:
+            self._epochs.hear(response.result, self._ask_status)
+        return result
+
+    def _ask_status(self) -> pb.GetCommStatusResponse:
+        status: pb.GetCommStatusResponse = self._connection.call(
+            "GetCommStatus", pb.GetCommStatusRequest(commId=self.comm_id)
+        )
+        return status
+
     def _require_open(self) -> None:
         if self._closed:
             raise CommNotReady(f"{self!r} is closed")
 
-    def _require_root(self, root: int) -> None:
-        if not 0 <= root < self.nranks:
-            raise InvalidValue(f"root {root} is not one of {self.nranks} ranks")
+    def _require_root(self, root: int, arrays: Sequence[Any]) -> None:
+        nranks = max(len(arrays), self.nranks)
+        if not 0 <= root < nranks:
+            raise InvalidValue(f"root {root} is not one of {nranks} ranks")
 
-    def _one_type(
-        self, arrays: Sequence[DeviceArray], others: Sequence[DeviceArray] | dict[int, DeviceArray]
-    ) -> np.dtype[Any]:
-        """The type of all arrays, once it is clear that each is on its rank's device.
+    def _one_type(self, arrays: Sequence[DeviceArray], others: Sequence[DeviceArray] | dict[int, DeviceArray]) -> _Typed:
+        """The type of all arrays, once it is clear that each is on the device of its rank in one epoch.
 
         Args:
             arrays: one for each rank.
             others: as `arrays`, or some ranks' by rank.
         """
         self._require_open()
-        for group in (arrays, others):
-            if not isinstance(group, dict) and len(group) != self.nranks:
-                raise RankMismatch(f"{self.nranks} ranks need one array each, got {len(group)}")
-        for rank, array in [*enumerate(arrays), *(others.items() if isinstance(others, dict) else enumerate(others))]:
+        members = self._epochs.of(arrays)
+        if not isinstance(others, dict):
+            if len(others) != members.nranks:
+                raise RankMismatch(f"{members.nranks} ranks need one array each, got {len(others)}")
+            others = dict(enumerate(others))
+        for rank, array in [*enumerate(arrays), *others.items()]:
             array._require_alive()
-            if array.device.device_id != self.devices[rank].device_id:
-                raise RankMismatch(
-                    f"rank {rank} is device {self.devices[rank].device_id}, but its array is on device "
-                    f"{array.device.device_id}"
-                )
+            members.require_on(array, rank)
             if array.dtype != arrays[0].dtype:
                 raise InvalidValue(
                     f"all arrays must have one type: rank 0 has {arrays[0].size} of {arrays[0].dtype}, rank {rank} has "
                     f"{array.size} of {array.dtype}"
                 )
-        return arrays[0].dtype
+        return _Typed(arrays[0].dtype, members)
 
     def _rooted_blocks(
         self,
@@ -423,23 +456,23 @@ class Collectives:
     ) -> list[int]:
         """Elements of each block of a gather or scatter."""
         if counts is not None or not in_place:
-            blocks = _blocks(counts, arrays, arrays, self.nranks)
+            blocks = _blocks(counts, arrays, arrays, len(arrays))
         else:
             blocks = [array.size for array in arrays]
             blocks[root] = whole.size - (sum(blocks) - blocks[root])
             if blocks[root] < 0:
                 raise InvalidValue(f"{sum(blocks) - blocks[root]} elements of other ranks do not fit into {whole.size}")
-        expected = [whole.size if in_place and rank == root else blocks[rank] for rank in range(self.nranks)]
+        expected = [whole.size if in_place and rank == root else blocks[rank] for rank in range(len(arrays))]
         _require_sizes(arrays, expected)
         _require_sizes([whole], [sum(blocks)])
         return blocks
 
-    def _rank_of(self, array: DeviceArray) -> int:
+    def _rank_of(self, array: DeviceArray, members: Members) -> int:
         array._require_alive()
-        for rank, device in enumerate(self.devices):
-            if device.device_id == array.device.device_id:
-                return rank
-        raise RankMismatch(f"{array!r} is on no device of {self!r}")
+        rank = members.rank_of(array)
+        if rank is None:
+            raise RankMismatch(f"{array!r} is on no device of {self!r}")
+        return rank
 
 
 def lookup(names: dict[str, int], name: str, what: str) -> int:
@@ -448,6 +481,14 @@ def lookup(names: dict[str, int], name: str, what: str) -> int:
     if number is None:
         raise InvalidValue(f"unknown {what} {name!r}; known: {', '.join(names)}")
     return number
+
+
+def _require_same_collective(schedule: Schedule, request: pb.CollectiveRequest, nranks: int) -> None:
+    actual = (schedule.collective, schedule.nranks, schedule.root)
+    expected = (pb.CollectiveRequest.Kind.Name(request.kind).lower(), nranks, request.root)
+    if actual != expected:
+        said = "{} on {} ranks with root {}"
+        raise InvalidValue(f"the schedule is for {said.format(*actual)}, the call is {said.format(*expected)}")
 
 
 def wire_schedule(schedule: Schedule) -> pb.Schedule:

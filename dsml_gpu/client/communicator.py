@@ -6,15 +6,16 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from types import TracebackType
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
 from dsml_gpu.client.arrays import Device, DeviceArray
 from dsml_gpu.client.checkpoints import CheckpointJob, Checkpoints
-from dsml_gpu.client.collectives import TRANSPORTS, Collectives, lookup
+from dsml_gpu.client.collectives import ON_FAILURE, TRANSPORTS, Collectives, lookup
+from dsml_gpu.client.epochs import Epochs
 from dsml_gpu.client.groups import Group
-from dsml_gpu.client.results import CollectiveResult, result_of
+from dsml_gpu.client.results import CollectiveResult
 from dsml_gpu.client.rpc import CoordinatorConnection
 from dsml_gpu.errors import CommNotFound, DsmlError, GroupMisuse, InvalidValue, RankMismatch
 from dsml_gpu.wire import gpu_sim_pb2 as pb
@@ -27,7 +28,6 @@ class Communicator(Collectives):
 
     Attributes:
         comm_id: its id at the coordinator.
-        devices: rank r is ``devices[r]``.
     """
 
     def __init__(self, connection: CoordinatorConnection, response: pb.CommInitResponse) -> None:
@@ -37,9 +37,10 @@ class Communicator(Collectives):
         self._closed = False
         self._group: Group | None = None
         self._checkpoints = Checkpoints(connection, self.comm_id)
-        self.devices = tuple(
-            Device(connection, metadata, self.comm_id, lambda: self._closed) for metadata in response.devices
-        )
+        self._epochs = Epochs(self._device, response.devices)
+
+    def _device(self, metadata: pb.DeviceMetadata) -> Device:
+        return Device(self._connection, metadata, self.comm_id, lambda: self._closed)
 
     def array(self, sources: Sequence[Any], dtype: Any = None) -> list[DeviceArray]:
         """One new array on each device: ``sources[r]`` on rank r.
@@ -97,7 +98,7 @@ class Communicator(Collectives):
             return
         # One message, which can be sent again: the coordinator that gets it need not be the one that was there at the start.
         request = pb.GroupEndRequest(commId=self.comm_id, nonBlocking=not blocking, operations=group.requests)
-        group.result = result_of(
+        group.result = self._heard(
             self._connection.call("GroupEnd", request, timeout_s or self._connection.collective_timeout_s)
         )
 
@@ -125,7 +126,9 @@ class Communicator(Collectives):
         """
         self._require_open()
         self._require_no_group()
-        return self._checkpoints.save(url, self._checkpoints.tracked.live() if arrays is None else arrays, self.devices)
+        named = self._checkpoints.tracked.live() if arrays is None else arrays
+        left = {name: self._epochs.left(each) for name, each in named.items()}
+        return self._checkpoints.save(url, left, self._epochs.present)
 
     def restore(
         self,
@@ -151,7 +154,8 @@ class Communicator(Collectives):
         """
         self._require_open()
         self._require_no_group()
-        return self._checkpoints.restore(url, self.devices, into, timeout_s)
+        left = None if into is None else {name: self._epochs.left(arrays) for name, arrays in into.items()}
+        return self._checkpoints.restore(url, self._epochs.present, left, timeout_s)
 
     def _require_no_group(self) -> None:
         if self._group is not None:
@@ -194,7 +198,9 @@ class Communicator(Collectives):
         return f"Communicator({self.comm_id}, {self.nranks} ranks, {state})"
 
 
-def init_request(ndevices: int | None, device_ids: Sequence[int] | None, transport: str) -> pb.CommInitRequest:
+def init_request(
+    ndevices: int | None, device_ids: Sequence[int] | None, transport: str, on_failure: str | None
+) -> pb.CommInitRequest:
     """The CommInit that `Client.communicator` sends."""
     if ndevices is None:
         ndevices = len(device_ids or ())
@@ -204,4 +210,5 @@ def init_request(ndevices: int | None, device_ids: Sequence[int] | None, transpo
         numDevices=ndevices,
         deviceIds=device_ids or (),
         transport=pb.Transport.Name(lookup(TRANSPORTS, transport, "transport")),
+        onFailure=cast("pb.OnFailure", 0 if on_failure is None else lookup(ON_FAILURE, on_failure, "on_failure")),
     )

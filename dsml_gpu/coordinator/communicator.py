@@ -1,4 +1,4 @@
-"""A communicator: its ranks, its group, and how its last collective ended."""
+"""A communicator: its epochs, its group, and how its last collective ended."""
 
 from __future__ import annotations
 
@@ -6,78 +6,65 @@ import asyncio
 import logging
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from itertools import groupby
-from typing import Any, cast
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol, cast
 
-from dsml_gpu.coordinator import passes, plan
+from dsml_gpu.coordinator import plan
 from dsml_gpu.coordinator.call import CollectiveCall
-from dsml_gpu.coordinator.choice import Choice, Chooser
-from dsml_gpu.coordinator.control_round import cancel, lost_communicator, run_round, settle
+from dsml_gpu.coordinator.choice import Chooser
+from dsml_gpu.coordinator.control_round import cancel
 from dsml_gpu.coordinator.device_handle import DeviceHandle
-from dsml_gpu.coordinator.fusion import buckets_of, fused
-from dsml_gpu.coordinator.memory_access import MemoryAccess
+from dsml_gpu.coordinator.epochs import Epoch, Epochs
 from dsml_gpu.coordinator.order import Turn
-from dsml_gpu.coordinator.plan import Plan, PlanKey
-from dsml_gpu.errors import CommNotReady, DsmlError, GroupMisuse
+from dsml_gpu.coordinator.ranks import Planned, Ranks, RunSettings
+from dsml_gpu.coordinator.shrink import without_lost
+from dsml_gpu.errors import CommNotReady, DsmlError, GroupMisuse, PeerUnavailable
 from dsml_gpu.observe import metrics
 from dsml_gpu.wire import gpu_sim_pb2 as pb
 
 log = logging.getLogger(__name__)
 
-#: A round of passes may take the stall timeout and what it needs at this speed, far below that of any memory.
-_SLOWEST_PASSES_BYTES_PER_S = 100e6
-#: Up to so many ranks a plan takes a few milliseconds at most.
-_PLANNED_AT_ONCE_RANKS = 16
-#: What a rank has kept of its buffers during operations that touched more is dropped at once when they have ended well,
-#: otherwise with the next operation.
-_KEPT_BYTES = 1 << 20
+#: Errors that another membership would not change.
+_REFUSALS = ("INVALID_ARGUMENT", "OUT_OF_RANGE", "FAILED_PRECONDITION", "RESOURCE_EXHAUSTED")
+
+
+class Keeper(Protocol):
+    """Who keeps what a communicator must not forget, and its devices."""
+
+    def begin_epoch(self, comm_id: int, epoch: Epoch, handles: Sequence[DeviceHandle]) -> None:
+        """A communicator is about to go on in another epoch, with these devices."""
+
+    def let_go(self, comm_id: int, handles: Sequence[DeviceHandle]) -> None:
+        """Devices are in a communicator no more."""
+
+
+class _Asked(NamedTuple):
+    """A call, in the numbering of an epoch."""
+
+    call: CollectiveCall
+    epoch: Epoch
 
 
 @dataclass(frozen=True, slots=True)
-class _Planned:
-    """A call, and how it is run: by a plan, or by passes over memory where that is None."""
+class _Done:
+    """Calls that have ended well, on which ranks, and the bytes that moved."""
 
-    call: CollectiveCall
-    choice: Choice
-    plan: Plan | None
-
-    @property
-    def name(self) -> str:
-        return self.call.name
-
-    @property
-    def algorithm(self) -> str:
-        return self.choice.algorithm
-
-    @property
-    def count(self) -> int:
-        return self.call.count
-
-    @property
-    def parts(self) -> list[_Planned]:
-        """The calls that it was fused of, or itself alone."""
-        calls = self.call.parts
-        if not calls:
-            return [self]
-        choice = replace(
-            self.choice,
-            reason=f"{self.choice.reason}, in a bucket of {len(calls)}",
-            predicted_s=self.choice.predicted_s / len(calls),
-        )
-        return [_Planned(call, choice, self.plan) for call in calls]
+    ranks: Ranks
+    planned: Sequence[Planned]
+    moved: int
 
 
 class Communicator:
     """Devices with ranks 0..n-1, and the collectives on them.
 
+    When a device dies, what runs is undone and run again on those that are left, in a new epoch; see ``enum OnFailure`` in
+    the contract.
+
     Args:
-        handles: rank r is ``handles[r]``.
+        handles: rank r of the first epoch is ``handles[r]``.
         chooser: chooses algorithms.
-        forced_transport: number of ``enum Transport``.
-        stall_timeout_ms: a collective in which nothing moves for so long fails.
-        operation_timeout_s: a group fails when it takes longer, moving or not.
-        atomic: a collective by a schedule that fails leaves all buffers as they were.
+        on_failure: number of ``enum OnFailure``, not 0.
+        keeper: hears of new epochs before they are used.
     """
 
     def __init__(
@@ -85,32 +72,42 @@ class Communicator:
         comm_id: int,
         handles: Sequence[DeviceHandle],
         chooser: Chooser,
-        forced_transport: int,
-        stall_timeout_ms: int,
-        operation_timeout_s: float,
-        *,
-        atomic: bool = True,
+        settings: RunSettings,
+        on_failure: int,
+        keeper: Keeper,
     ) -> None:
-        self._atomic = atomic
-        self._settling: set[asyncio.Task[None]] = set()
         self.comm_id = comm_id
-        self.handles = tuple(handles)
+        self.on_failure = on_failure
         self._chooser = chooser
-        self._memories = MemoryAccess(forced_transport)
-        self._process_uids = [handle.metadata.processUid for handle in handles]
-        self._team = passes.Team.of([handle.metadata for handle in handles])
-        self._forced_transport = forced_transport
-        self._stall_timeout_ms = stall_timeout_ms
-        self._operation_timeout_s = operation_timeout_s
-        self._group: list[CollectiveCall] | None = None
+        self._settings = settings
+        self._keeper = keeper
+        self._epochs = Epochs([Epoch(1, tuple(range(len(handles))))])
+        self._ranks = Ranks(comm_id, 1, handles, chooser, settings)
+        #: Why it takes no more operations; empty: it does.
+        self._broken = ""
+        self._group: list[_Asked] | None = None
         self._finalized = False
         self._running: set[asyncio.Task[Any]] = set()
         self._last_status: pb.Status = pb.IN_PROGRESS
         self._last_message = ""
 
     @property
-    def nranks(self) -> int:
-        return len(self.handles)
+    def handles(self) -> tuple[DeviceHandle, ...]:
+        """Rank r of the present epoch is ``handles[r]``."""
+        return self._ranks.handles
+
+    @property
+    def epoch(self) -> Epoch:
+        """The present one."""
+        return self._epochs.present
+
+    def nranks_of(self, epoch: int) -> int:
+        """The number of ranks of an epoch, 0 for the first. Raises InvalidValue where there never was one."""
+        return self._epochs.of(epoch).nranks
+
+    def kept(self, epoch: int) -> tuple[int, ...]:
+        """The ranks of an epoch that are left, which are those of the present one, in order. Raises as `Epochs.kept`."""
+        return self._epochs.kept(self._epochs.of(epoch))
 
     @property
     def status(self) -> tuple[pb.Status, str]:
@@ -126,7 +123,7 @@ class Communicator:
             InvalidValue: p2p is forced, and the devices cannot open each other's memory.
             DsmlError: what a device refuses with.
         """
-        await self._memories.join(self.comm_id, self.handles)
+        await self._ranks.join()
 
     async def leave(self) -> None:
         """Tells every device that the communicator is over."""
@@ -136,6 +133,8 @@ class Communicator:
                 log.warning("%s was not told that communicator %d is over: %s", handle, self.comm_id, result)
             elif isinstance(result, BaseException):
                 raise result
+
+    # ---- what clients ask for -----------------------------------------------------------------------------------------
 
     def group_start(self) -> None:
         """Opens a group. Raises GroupMisuse where one is open."""
@@ -157,50 +156,53 @@ class Communicator:
         """Drops the open group. Raises GroupMisuse where none is open."""
         self._close_group()
 
-    def _close_group(self) -> list[CollectiveCall]:
+    def _close_group(self) -> list[_Asked]:
         if self._group is None:
             raise GroupMisuse(f"communicator {self.comm_id} has no open group")
         group, self._group = self._group, None
         return group
 
-    async def submit(self, call: CollectiveCall) -> pb.CollectiveResult | None:
+    async def submit(self, call: CollectiveCall, epoch: int = 0) -> pb.CollectiveResult | None:
         """Checks a call against the devices' memory and its schedule, then queues it in the open group or runs it.
+
+        Args:
+            epoch: whose numbering of ranks the call uses; 0: the first one's.
 
         Returns:
             What it did; None when queued.
 
         Raises:
             AddressOutOfRange: a buffer leaves its device's memory.
-            InvalidValue, ScheduleNotProved: see `plan.plan_of`.
+            InvalidValue, ScheduleNotProved: see `plan.plan_of`; or the epoch knows nothing of ranks that came later.
+            RanksLost: it cannot be done without the ranks that are lost.
         """
         self._require_open()
-        for handle, ranges in zip(self.handles, call.ranges, strict=True):
-            for addr, nbytes in ranges:
+        asked = _Asked(call, self._epochs.of(epoch))
+        await self.check(asked.call, epoch)
+        if call.own_schedule:
+            self._require_open()  # the proof took its time
+        self._ranks.require_links(self._in_present(asked))
+        if self._group is not None:
+            self._group.append(asked)
+            return None
+        return await self._start([asked])
+
+    async def check(self, call: CollectiveCall, epoch: int = 0) -> None:
+        """Raises what `submit` refuses a call with for its buffers, its algorithm or its schedule."""
+        asked = _Asked(call, self._epochs.of(epoch))
+        for handle, rank in zip(self.handles, self._epochs.kept(asked.epoch), strict=True):
+            for addr, nbytes in call.ranges[rank]:
                 handle.check(addr, nbytes)
         if call.own_schedule:
             # Proved before it is queued, beside the event loop: nobody knows how large it is.
-            await asyncio.to_thread(plan.plan_of, self._key(call, ""))
-            self._require_open()
+            await self._ranks.prove(self._in_present(asked))
         elif call.algorithm:
             plan.require_known(call.name, call.algorithm)
-        self._memories.require_links(call, self._by_passes(call))
-        if self._group is not None:
-            self._group.append(call)
-            return None
-        return await self._start([call])
 
     async def finalize(self) -> None:
         """Takes no more collectives, drops an open group, and waits for those that run. Idempotent."""
         self._finalized = True
         self._group = None
-        if self._running:
-            await asyncio.wait(list(self._running))
-
-    async def retire(self, handle: DeviceHandle) -> None:
-        """Returns when the operations that run have ended. Those that come later fail: one of the ranks leaves."""
-        log.warning(
-            "communicator %d loses %s, which leaves; what comes after its running operation fails", self.comm_id, handle
-        )
         if self._running:
             await asyncio.wait(list(self._running))
 
@@ -214,36 +216,111 @@ class Communicator:
         if self._finalized:
             raise CommNotReady(f"communicator {self.comm_id} was finalized and takes no more operations")
 
-    def _require_same_processes(self) -> None:
-        """Raises PeerUnavailable where a device's server is not the one that joined: it would have to join, empty as it is.
+    # ---- who is in it -------------------------------------------------------------------------------------------------
 
-        Who takes part in an operation says so itself (`control_round`). A rank that has nothing to do is not even asked.
+    async def retire(self, handle: DeviceHandle) -> None:
+        """Goes on without a device that leaves, after what was issued before; returns when it has.
+
+        With ``FAIL``, or where it is the only one, it only waits: what comes later fails.
         """
-        for rank, (handle, process_uid) in enumerate(zip(self.handles, self._process_uids, strict=True)):
-            if handle.metadata.processUid != process_uid:
-                raise lost_communicator(rank, handle)
+        async with Turn(self.handles, self._settings.operation_timeout_s):
+            seats = [seat for seat, one in zip(self.epoch.seats, self.handles, strict=True) if one is not handle]
+            if len(seats) == len(self.handles) or not seats or self.on_failure == pb.FAIL:
+                return
+            log.info("communicator %d goes on without %s, which leaves", self.comm_id, handle)
+            self._begin_epoch({seat: one for seat, one in self._seated().items() if one is not handle})
+            self._keeper.let_go(self.comm_id, [handle])
 
-    def _start(self, calls: list[CollectiveCall]) -> asyncio.Task[pb.CollectiveResult]:
+    async def grow(self, handles: Sequence[DeviceHandle]) -> None:
+        """Takes in devices, which get the ranks behind the last one, after what was issued before.
+
+        Raises:
+            GroupMisuse: a group is open.
+            DsmlError: a device cannot join; then none has.
+        """
+        self._require_open()
+        if self._group is not None:
+            raise GroupMisuse(f"communicator {self.comm_id} has an open group, and cannot grow before its end")
+        async with Turn([*self.handles, *handles], self._settings.operation_timeout_s):
+            self._require_whole()
+            next_seat = self._epochs.next_seat
+            before = self._seated()
+            self._begin_epoch(before | dict(enumerate(handles, next_seat)))
+            try:
+                await self._ranks.join()
+            except BaseException:
+                self._begin_epoch(before)
+                raise
+
+    def _seated(self) -> dict[int, DeviceHandle]:
+        return dict(zip(self.epoch.seats, self.handles, strict=True))
+
+    def _begin_epoch(self, seated: dict[int, DeviceHandle]) -> None:
+        """Goes on with these devices; they join with the next operation."""
+        epoch = self._epochs.begin(seated)
+        handles = list(seated.values())
+        self._keeper.begin_epoch(self.comm_id, epoch, handles)
+        self._ranks = Ranks(self.comm_id, epoch.number, handles, self._chooser, self._settings)
+
+    def _require_whole(self) -> None:
+        if self._broken:
+            raise PeerUnavailable(self._broken)
+
+    async def _gone_after(self, error: DsmlError) -> list[int]:
+        """The ranks that an error comes from, if it comes from ranks that are gone."""
+        if error.code in _REFUSALS:
+            return []
+        silent = await self._ranks.probe()
+        for rank in silent:
+            self.handles[rank].give_up("does not answer")
+        return sorted({*silent, *self._ranks.gone()})
+
+    def _go_on_without(self, gone: Sequence[int]) -> list[pb.LostDevice]:
+        """Leaves ranks behind that are gone; returns who that is. Raises PeerUnavailable where nothing is left.
+
+        What was under way has been undone, or ended well.
+        """
+        lost = [_lost(rank, self.handles[rank]) for rank in gone]
+        named = "; ".join(f"rank {one.rank}: {one.reason}" for one in lost)
+        left = {
+            seat: handle
+            for rank, (seat, handle) in enumerate(zip(self.epoch.seats, self.handles, strict=True))
+            if rank not in gone
+        }
+        if not left or self.on_failure != pb.SHRINK:
+            self._broken = named
+            raise PeerUnavailable(named)
+        handles = [self.handles[rank] for rank in gone]
+        self._begin_epoch(left)
+        log.warning("communicator %d goes on in epoch %d without %s", self.comm_id, self.epoch.number, named)
+        self._keeper.let_go(self.comm_id, handles)
+        return lost
+
+    # ---- how calls are run --------------------------------------------------------------------------------------------
+
+    def _start(self, asked: list[_Asked]) -> asyncio.Task[pb.CollectiveResult]:
         # The place in the order is taken here and now, not when the task gets to run.
-        turn = Turn(self.handles, self._operation_timeout_s)
-        task = asyncio.ensure_future(self._run(calls, turn))
+        turn = Turn(self.handles, self._settings.operation_timeout_s)
+        task = asyncio.ensure_future(self._run(asked, turn))
         self._running.add(task)
         task.add_done_callback(self._running.discard)
         task.add_done_callback(lambda _: turn.end())
         return task
 
-    async def _run(self, calls: list[CollectiveCall], turn: Turn) -> pb.CollectiveResult:
-        if not calls:
+    def _in_present(self, asked: _Asked) -> CollectiveCall:
+        return without_lost(asked.call, self._epochs.kept(asked.epoch))
+
+    async def _run(self, asked: list[_Asked], turn: Turn) -> pb.CollectiveResult:
+        if not asked:
             return pb.CollectiveResult()
+        calls = [one.call for one in asked]
         what = str(calls[0]) if len(calls) == 1 else f"a group of {len(calls)} operations"
+        done: list[_Done] = []
+        lost: list[pb.LostDevice] = []
         try:
             async with turn:
-                self._require_same_processes()
-                if self._memories.has_moved(self.handles):
-                    await self.join()
-                planned = await self._plan(calls)
                 started_ns = time.perf_counter_ns()
-                bytes_sent = await self._run_rounds(planned)
+                await self._run_all(asked, done, lost)
                 elapsed_ns = time.perf_counter_ns() - started_ns
         except asyncio.CancelledError:
             self._last_status, self._last_message = pb.FAILED, f"{what}: cancelled by the caller"
@@ -258,96 +335,74 @@ class Communicator:
             log.exception("%s met a defect of the server", what)
             raise
         self._last_status, self._last_message = pb.SUCCESS, ""
-        metrics.count_operations([part for one in planned for part in one.parts], elapsed_s=elapsed_ns / 1e9)
-        algorithms = {one.algorithm for one in planned}
-        return pb.CollectiveResult(
-            algorithm=algorithms.pop() if len(algorithms) == 1 else "",
-            transports=cast("list[pb.Transport]", self._transports(planned)) if bytes_sent else (),
-            elapsedNs=elapsed_ns,
-            bytesSent=bytes_sent,
-            operations=[
-                pb.OperationChoice(
-                    kind=part.name.upper(),
-                    algorithm=part.algorithm,
-                    reason=part.choice.reason,
-                    predictedNs=min(round(part.choice.predicted_s * 1e9), (1 << 64) - 1),
-                )
-                for one in planned
-                for part in one.parts
-            ],
+        metrics.count_operations(
+            [part for one in done for each in one.planned for part in each.parts], elapsed_s=elapsed_ns / 1e9
         )
+        return _result(done, lost, elapsed_ns)
 
-    async def _plan(self, calls: list[CollectiveCall]) -> list[_Planned]:
-        """Chooses the algorithm of each call, and plans it.
+    async def _run_all(self, asked: Sequence[_Asked], done: list[_Done], lost: list[pb.LostDevice]) -> None:
+        """Runs calls in order, again and again on those that are left where devices die; each loss costs a rank.
 
-        In a thread where it can take more than a few milliseconds, once: others are to be served meanwhile.
+        Args:
+            done: gets what has ended well.
+            lost: gets the devices that were left behind.
         """
-        devices = [handle.metadata for handle in self.handles]
-        planned = []
-        for by_passes, group in groupby(calls, key=self._by_passes):
-            if by_passes:
-                for call in group:
-                    choice = self._chooser.choice_of_passes(call, len(self._team.workers(passes.bytes_of(call))))
-                    planned.append(_Planned(call, choice, None))
-                continue
-            for call in map(fused, buckets_of(list(group))):
-                chosen = self._chooser.known_choice(call, devices, self._forced_transport)
-                if chosen is None:
-                    chosen = await asyncio.to_thread(self._chooser.choose, call, devices, self._forced_transport)
-                key = self._key(call, chosen.algorithm)
-                if self.nranks > _PLANNED_AT_ONCE_RANKS:
-                    await asyncio.to_thread(plan.plan_of, key)
-                planned.append(_Planned(call, chosen, plan.plan_of(key)))
-        return planned
+        remaining = list(asked)
+        while remaining:
+            self._require_whole()
+            gone = self._ranks.gone()
+            if gone:
+                lost += self._go_on_without(gone)
+            ranks = self._ranks
+            try:
+                planned = await ranks.plan([self._in_present(one) for one in remaining])
+                async for some, moved in ranks.run(planned):
+                    done.append(_Done(ranks, some, moved))
+                    del remaining[: sum(len(one.parts) for one in some)]
+            except DsmlError as error:
+                gone = await self._gone_after(error)
+                if not gone:
+                    raise
+                if not self._settings.atomic:
+                    # What is in the buffers is not what was there before: there is nothing to run it on again.
+                    self._go_on_without(gone)
+                    raise
+                lost += self._go_on_without(gone)
 
-    def _by_passes(self, call: CollectiveCall) -> bool:
-        """Whether a call is run as passes over memory that all ranks have open."""
-        return self._memories.all_open and passes.has_passes(call) and call.algorithm in ("", passes.ALGORITHM)
 
-    def _key(self, call: CollectiveCall, algorithm: str) -> PlanKey:
-        hosts = plan.hosts_of([handle.metadata for handle in self.handles])
-        return plan.key_of(call, algorithm, hosts)
+def _lost(rank: int, handle: DeviceHandle) -> pb.LostDevice:
+    return pb.LostDevice(
+        deviceId=handle.device_id,
+        rank=rank,
+        reason=handle.lost or f"{handle} has lost the communicator; its server was restarted",
+        detectionNs=round(handle.lost_after_s * 1e9),
+    )
 
-    async def _run_rounds(self, planned: list[_Planned]) -> int:
-        """Runs calls in order, in as few rounds of control messages as they allow; returns the bytes that moved."""
-        moved = 0
-        for by_passes, group in groupby(planned, key=lambda one: one.plan is None):
-            some = list(group)
-            if not by_passes:
-                requests = self._requests_of_plans(some)
-                moved += await run_round(self.handles, requests, self._operation_timeout_s)
-                if self._atomic and sum(one.count for one in some) > _KEPT_BYTES:
-                    settling = asyncio.ensure_future(settle(self.handles, requests, pb.QuiesceRequest.COMMIT))
-                    self._settling.add(settling)
-                    settling.add_done_callback(self._settling.discard)
-                continue
-            for one_round in passes.rounds_of(tuple(one.call for one in some), self._team):
-                timeout_s = self._stall_timeout_ms / 1000 + one_round.nbytes / _SLOWEST_PASSES_BYTES_PER_S
-                limit_s = min(timeout_s, self._operation_timeout_s)
-                moved += await run_round(self.handles, self._requests_of_passes(one_round), limit_s, self._memories)
-        return moved
 
-    def _requests_of_plans(self, planned: list[_Planned]) -> dict[int, pb.ExecuteRequest]:
-        device_ids = [handle.device_id for handle in self.handles]
-        operations = [(one.call, one.plan) for one in planned if one.plan is not None]
-        return dict(
-            enumerate(
-                plan.execute_requests(self.comm_id, device_ids, operations, self._stall_timeout_ms, atomic=self._atomic)
+def _result(done: Sequence[_Done], lost: Sequence[pb.LostDevice], elapsed_ns: int) -> pb.CollectiveResult:
+    planned = [each for one in done for each in one.planned]
+    algorithms = {one.algorithm for one in planned}
+    bytes_sent = sum(one.moved for one in done)
+    transports = {number for one in done for number in one.ranks.transports(one.planned)} if bytes_sent else ()
+    last = done[-1].ranks
+    return pb.CollectiveResult(
+        algorithm=algorithms.pop() if len(algorithms) == 1 else "",
+        transports=cast("list[pb.Transport]", sorted(transports)),
+        elapsedNs=elapsed_ns,
+        bytesSent=bytes_sent,
+        operations=[
+            pb.OperationChoice(
+                kind=part.name.upper(),
+                algorithm=part.algorithm,
+                reason=part.choice.reason,
+                predictedNs=min(round(part.choice.predicted_s * 1e9), (1 << 64) - 1),
+                deviceIds=one.ranks.device_ids,
             )
-        )
-
-    def _requests_of_passes(self, one_round: passes.Round) -> dict[int, pb.ExecuteRequest]:
-        # Also a rank that has nothing to do must be there; one whose end would be known need not be asked.
-        return {
-            rank: pb.ExecuteRequest(commId=self.comm_id, deviceId=handle.device_id, passes=one_round.work.get(rank, ()))
-            for rank, handle in enumerate(self.handles)
-            if rank in one_round.work or not handle.tells_of_its_end
-        }
-
-    def _transports(self, planned: list[_Planned]) -> list[int]:
-        devices = [handle.metadata for handle in self.handles]
-        pairs = {pair for one in planned if one.plan is not None for pair in one.plan.pairs}
-        used = {plan.choose_transport(devices[src], devices[dst], self._forced_transport) for src, dst in pairs}
-        if any(one.plan is None for one in planned):
-            used.add(pb.P2P)
-        return sorted(used)
+            for one in done
+            for each in one.planned
+            for part in each.parts
+        ],
+        deviceIds=last.device_ids,
+        epoch=last.epoch,
+        lost=lost,
+    )

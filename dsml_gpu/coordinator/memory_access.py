@@ -43,8 +43,8 @@ class MemoryAccess:
         self._joined_with: list[pb.SharedMemory | None] = []
         self._one_process = True
 
-    async def join(self, comm_id: int, handles: Sequence[DeviceHandle]) -> None:
-        """Tells every device its rank and its peers, and has it open their memory.
+    async def join(self, comm_id: int, handles: Sequence[DeviceHandle], epoch: int = 0) -> None:
+        """Tells every device its rank and its peers in an epoch, and has it open their memory.
 
         Raises:
             InvalidValue: p2p is forced, and the devices cannot open each other's memory.
@@ -66,6 +66,7 @@ class MemoryAccess:
                         rank=rank,
                         peers=plan.peers_of(devices, rank, self._forced, self._joined_with),
                         deviceId=handle.device_id,
+                        epoch=epoch,
                     ),
                 )
                 for rank, handle in enumerate(handles)

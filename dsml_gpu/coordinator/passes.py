@@ -181,9 +181,9 @@ def rounds_of(calls: tuple[CollectiveCall, ...], team: Team) -> tuple[Round, ...
     Calls that do not touch each other's outputs share a round, however many they are. Others are done one after the other,
     by one rank and in one round where they are small.
     """
-    in_turn = sum(map(bytes_of, calls)) < 2 * BYTES_PER_WORKER
+    in_turn = _are_small(calls)
     rounds = []
-    for run in [calls] if in_turn else independent(calls):
+    for run in runs_of(calls):
         some = [one for call in run for one in passes_of(call)]
         nbytes = sum(one.nbytes for one in some)
         ranks = team.workers(nbytes)
@@ -197,6 +197,15 @@ def rounds_of(calls: tuple[CollectiveCall, ...], team: Team) -> tuple[Round, ...
         if work:
             rounds.append(Round(work, nbytes))
     return tuple(rounds)
+
+
+def runs_of(calls: Sequence[CollectiveCall]) -> list[list[CollectiveCall]]:
+    """Calls in runs, in order, each of which is one round."""
+    return [list(calls)] if _are_small(calls) else independent(calls)
+
+
+def _are_small(calls: Sequence[CollectiveCall]) -> bool:
+    return sum(map(bytes_of, calls)) < 2 * BYTES_PER_WORKER
 
 
 def independent(calls: Sequence[CollectiveCall]) -> list[list[CollectiveCall]]:

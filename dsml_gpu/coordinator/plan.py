@@ -63,12 +63,14 @@ def execute_requests(
     device_ids: Sequence[int],
     operations: Sequence[tuple[CollectiveCall, Plan]],
     stall_timeout_ms: int = 0,
+    epoch: int = 0,
     *,
     atomic: bool = False,
 ) -> list[pb.ExecuteRequest]:
     """One request for each rank that together run the operations, one after the other, over one stream per pair.
 
     Args:
+        epoch: of the communicator; 0: any.
         atomic: ranks keep what they overwrite until the round is settled.
     """
     round_id = new_stream_id() if atomic else 0  # any number that no other round has
@@ -91,6 +93,7 @@ def execute_requests(
             ],
             stallTimeoutMs=stall_timeout_ms,
             round=round_id,
+            epoch=epoch,
         )
         for rank, device_id in enumerate(device_ids)
     ]

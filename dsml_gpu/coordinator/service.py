@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import secrets
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterable
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterable, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
 from functools import lru_cache
@@ -17,10 +17,12 @@ from dsml_gpu.coordinator.checkpoints import Checkpoints
 from dsml_gpu.coordinator.choice import Chooser
 from dsml_gpu.coordinator.communicator import Communicator
 from dsml_gpu.coordinator.device_handle import DeviceHandle, pieces
+from dsml_gpu.coordinator.epochs import Epoch
 from dsml_gpu.coordinator.heartbeats import DEFAULT_DETECTION, Detection
 from dsml_gpu.coordinator.journal import Journal
 from dsml_gpu.coordinator.order import Turn
 from dsml_gpu.coordinator.outcomes import Asked, Outcomes
+from dsml_gpu.coordinator.ranks import RunSettings
 from dsml_gpu.coordinator.records import KnownCommunicator, KnownServer, Member, Membership
 from dsml_gpu.coordinator.registry import DeviceRegistry
 from dsml_gpu.errors import (
@@ -60,7 +62,8 @@ class CoordinatorSettings:
         cost_model: by which algorithms are chosen.
         cost_model_file: takes what `SetCostModel` brings; None: it is forgotten when the coordinator ends.
         detection: when devices count as dead.
-        atomic: see `Communicator`.
+        atomic: see `RunSettings`.
+        on_failure: number of ``enum OnFailure`` for communicators that ask for none.
     """
 
     transport: int = pb.AUTO
@@ -71,6 +74,7 @@ class CoordinatorSettings:
     cost_model_file: Path | None = None
     detection: Detection = DEFAULT_DETECTION
     atomic: bool = True
+    on_failure: int = pb.SHRINK
 
 
 class CoordinatorService:
@@ -126,7 +130,7 @@ class CoordinatorService:
 
     async def CommInit(self, request: pb.CommInitRequest, context: Any) -> pb.CommInitResponse:
         def keep(answer: pb.CommInitResponse) -> None:
-            one = KnownCommunicator(answer.commId, request.transport or self._settings.transport, 0)
+            one = KnownCommunicator(answer.commId, *self._choices(request))
             self._journal.put_communicator(one)
             self._journal.put_membership(Membership(one.comm_id, 1, _members(answer.devices)))
 
@@ -139,21 +143,22 @@ class CoordinatorService:
             raise InvalidValue(f"numDevices is {request.numDevices}, but {len(request.deviceIds)} deviceIds are named")
         if request.transport not in pb.Transport.values():
             raise InvalidValue(f"unknown transport {request.transport}; known: {', '.join(pb.Transport.keys())}")
+        if request.onFailure not in pb.OnFailure.values():
+            raise InvalidValue(f"unknown onFailure {request.onFailure}; known: {', '.join(pb.OnFailure.keys())}")
         comm_id = _new_comm_id()
         async with self._choosing:
             if request.deviceIds:
                 handles = await self._registry.take_named(list(request.deviceIds), comm_id)
             else:
                 handles = await self._registry.take(request.numDevices, comm_id)
-        comm = Communicator(
-            comm_id,
-            handles,
-            self._chooser,
-            forced_transport=request.transport or self._settings.transport,
-            stall_timeout_ms=round(self._settings.stall_timeout_s * 1000),
-            operation_timeout_s=self._settings.operation_timeout_s,
-            atomic=self._settings.atomic,
+        transport, on_failure = self._choices(request)
+        settings = RunSettings(
+            transport,
+            round(self._settings.stall_timeout_s * 1000),
+            self._settings.operation_timeout_s,
+            self._settings.atomic,
         )
+        comm = Communicator(comm_id, handles, self._chooser, settings, on_failure, self)
         try:
             await comm.join()
         except BaseException:
@@ -164,9 +169,31 @@ class CoordinatorService:
             success=True, commId=comm_id, devices=[handle.metadata for handle in handles], lane=self.lane
         )
 
+    def _choices(self, request: pb.CommInitRequest) -> tuple[int, int]:
+        """Numbers of the transport and of ``enum OnFailure`` of a communicator."""
+        return request.transport or self._settings.transport, request.onFailure or self._settings.on_failure
+
+    def begin_epoch(self, comm_id: int, epoch: Epoch, handles: Sequence[DeviceHandle]) -> None:
+        """See `communicator.Keeper`."""
+        members = _members(handle.metadata for handle in handles)
+        self._journal.put_membership(Membership(comm_id, epoch.number, members))
+
+    def let_go(self, comm_id: int, handles: Sequence[DeviceHandle]) -> None:
+        """See `communicator.Keeper`."""
+        for handle in handles:
+            handle.drop(comm_id)
+        self._registry.release(handles, comm_id)
+
     async def GetCommStatus(self, request: pb.GetCommStatusRequest, context: Any) -> pb.GetCommStatusResponse:
-        status, message = self._comm(request.commId).status
-        return pb.GetCommStatusResponse(status=status, message=message, lane=self.lane)
+        comm = self._comm(request.commId)
+        status, message = comm.status
+        return pb.GetCommStatusResponse(
+            status=status,
+            message=message,
+            epoch=comm.epoch.number,
+            devices=[handle.metadata for handle in comm.handles],
+            lane=self.lane,
+        )
 
     async def CommFinalize(self, request: pb.CommFinalizeRequest, context: Any) -> pb.CommFinalizeResponse:
         comm = self._comm(request.commId)
@@ -232,7 +259,7 @@ class CoordinatorService:
         return pb.UnregisterDevicesResponse()
 
     async def _retire(self, handle: DeviceHandle) -> None:
-        """Waits for what a device's communicators run."""
+        """Returns when a device's communicators have ended what they run, and go on without it."""
         for comm in [self._comms[comm_id] for comm_id in sorted(handle.comm_ids) if comm_id in self._comms]:
             await comm.retire(handle)
 
@@ -252,7 +279,8 @@ class CoordinatorService:
             return pb.GroupEndResponse(success=True)
         wait = not request.nonBlocking
         if request.operations:
-            result = await groups.run_group(comm, [self._call(comm, one) for one in request.operations], wait)
+            calls = [(self._call(comm, one), one.epoch) for one in request.operations]
+            result = await groups.run_group(comm, calls, wait)
         else:
             result = await comm.group_end(wait)
         return pb.GroupEndResponse(success=True, result=result)
@@ -273,25 +301,27 @@ class CoordinatorService:
 
     async def _all_reduce(self, algorithm: str, comm_id: int, request: Any, addrs: Any) -> pb.CollectiveResult | None:
         comm = self._comm(comm_id)
-        return await comm.submit(all_reduce_call(algorithm, comm.nranks, request, addrs))
+        call = all_reduce_call(algorithm, comm.nranks_of(request.epoch), request, addrs)
+        return await comm.submit(call, request.epoch)
 
     async def Collective(self, request: pb.CollectiveRequest, context: Any) -> pb.CollectiveResponse:
         async def run() -> pb.CollectiveResponse:
             comm = self._comm(request.commId)
-            return pb.CollectiveResponse(success=True, result=await comm.submit(self._call(comm, request)))
+            result = await comm.submit(self._call(comm, request), request.epoch)
+            return pb.CollectiveResponse(success=True, result=result)
 
         if request.checkOnly:
             comm = self._comm(request.commId)
-            await groups.check(comm, self._call(comm, request))
+            await comm.check(self._call(comm, request), request.epoch)
             return pb.CollectiveResponse(success=True)
         return await self._once("Collective", request, request.commId, context, run)
 
     @staticmethod
     def _call(comm: Communicator, request: pb.CollectiveRequest) -> CollectiveCall:
         request.ClearField("idempotencyKey")  # by which no two requests would be the same
+        nranks = comm.nranks_of(request.epoch)
         message = request.SerializeToString()
-        known = len(message) <= _MAX_REMEMBERED_BYTES
-        return _call_of(message, comm.nranks) if known else call_of(request, comm.nranks)
+        return _call_of(message, nranks) if len(message) <= _MAX_REMEMBERED_BYTES else call_of(request, nranks)
 
     async def GetCostModel(self, request: pb.GetCostModelRequest, context: Any) -> pb.GetCostModelResponse:
         return pb.GetCostModelResponse(json=self._chooser.model.to_json())
@@ -312,12 +342,16 @@ class CoordinatorService:
     # ---- checkpoints --------------------------------------------------------------------------------------------------
 
     async def Checkpoint(self, request: pb.CheckpointRequest, context: Any) -> AsyncGenerator[pb.CheckpointProgress, None]:
-        async with aclosing(self._checkpoints.save(self._comm(request.commId), request)) as answers:
+        comm = self._comm(request.commId)
+        _drop_lost(comm, request)
+        async with aclosing(self._checkpoints.save(comm, request)) as answers:
             async for answer in answers:
                 yield answer
 
     async def Restore(self, request: pb.RestoreRequest, context: Any) -> pb.RestoreResponse:
-        return await self._checkpoints.restore(self._comm(request.commId), request)
+        comm = self._comm(request.commId)
+        _drop_lost(comm, request)
+        return await self._checkpoints.restore(comm, request)
 
     # ---- memory -------------------------------------------------------------------------------------------------------
 
@@ -448,6 +482,16 @@ async def _checked(handle: DeviceHandle, addr: int, announced: int, chunks: Asyn
 
 def _members(devices: Iterable[pb.DeviceMetadata]) -> tuple[Member, ...]:
     return tuple(Member(device.deviceId.value, device.address, device.processUid) for device in devices)
+
+
+def _drop_lost(comm: Communicator, request: pb.CheckpointRequest | pb.RestoreRequest) -> None:
+    """Leaves out the parts of ranks that are lost, so that the others are numbered as they are now."""
+    kept, nranks = comm.kept(request.epoch), comm.nranks_of(request.epoch)
+    for array in request.arrays:
+        if len(array.parts) == nranks > len(kept):
+            parts = [array.parts[rank] for rank in kept]
+            del array.parts[:]
+            array.parts.extend(parts)
 
 
 def write_whole(path: Path, text: str) -> None:

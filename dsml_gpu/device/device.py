@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from dsml_gpu.device.undo import SparePieces
-from dsml_gpu.errors import CommNotFound, InvalidValue
+from dsml_gpu.errors import CommNotFound, InvalidValue, StaleEpoch
 from dsml_gpu.memory.allocator import Allocator
 from dsml_gpu.memory.arena import Arena
 from dsml_gpu.memory.device_memory import DeviceNDArray
@@ -46,12 +46,14 @@ class Membership:
 
     Attributes:
         memories: of each rank, where the device has it open; None where not. Empty: of none.
+        epoch: version of the communicator's membership; 0: it has none.
     """
 
     comm_id: int
     rank: int
     peers: tuple[Peer, ...]
     memories: tuple[RankMemory | None, ...] = ()
+    epoch: int = 0
 
     @property
     def nranks(self) -> int:
@@ -106,7 +108,18 @@ class Device:
         return self._spare_pieces
 
     def join(self, membership: Membership) -> None:
-        """Enters a communicator; replaces what the device knew of it."""
+        """Enters a communicator; replaces what the device knew of it.
+
+        Raises:
+            InvalidValue: the rank is none of the ranks.
+            StaleEpoch: it is in a later epoch of it.
+        """
+        known = self._memberships.get(membership.comm_id)
+        if known is not None and membership.epoch < known.epoch:
+            raise StaleEpoch(
+                f"device {self.device_id} is in epoch {known.epoch} of communicator {membership.comm_id}, and was to join "
+                f"epoch {membership.epoch}"
+            )
         if not 0 <= membership.rank < membership.nranks:
             raise InvalidValue(f"rank {membership.rank} is not one of {membership.nranks} ranks")
         self._memberships[membership.comm_id] = membership
@@ -117,15 +130,24 @@ class Device:
         if comm_id:
             self.allocator.free_all(comm_id)
 
-    def membership(self, comm_id: int) -> Membership:
+    def membership(self, comm_id: int, epoch: int = 0) -> Membership:
         """The device's place in a communicator.
+
+        Args:
+            epoch: the one that is expected; 0: any.
 
         Raises:
             CommNotFound: it has not joined it.
+            StaleEpoch: it is in another epoch of it.
         """
         membership = self._memberships.get(comm_id)
         if membership is None:
             raise CommNotFound(f"device {self.device_id} has not joined communicator {comm_id}")
+        if epoch not in (0, membership.epoch):
+            raise StaleEpoch(
+                f"device {self.device_id} is in epoch {membership.epoch} of communicator {comm_id}, and was asked for work "
+                f"of epoch {epoch}"
+            )
         return membership
 
     def __repr__(self) -> str:

@@ -224,7 +224,7 @@ class DeviceService:
             except MemoryNotShared as error:
                 memories.append(None)
                 response.unreachable.add(rank=rank, reason=str(error))
-        device.join(Membership(request.commId, request.rank, tuple(peers), tuple(memories)))
+        device.join(Membership(request.commId, request.rank, tuple(peers), tuple(memories), request.epoch))
         return response
 
     def _open_memory(self, device: Device, peer: pb.Peer) -> RankMemory:
@@ -293,7 +293,7 @@ class DeviceService:
 
     async def Execute(self, request: pb.ExecuteRequest, context: Any) -> pb.ExecuteResponse:
         device = self._device(request.deviceId)
-        membership = device.membership(request.commId)
+        membership = device.membership(request.commId, request.epoch)
         task = asyncio.current_task()
         assert task is not None
         running = self._executing[device.device_id, request.commId]

@@ -907,16 +907,18 @@ class CollectiveResult(_message.Message):
     def __init__(self, algorithm: _Optional[str] = ..., transports: _Optional[_Iterable[_Union[Transport, str]]] = ..., elapsedNs: _Optional[int] = ..., bytesSent: _Optional[int] = ..., operations: _Optional[_Iterable[_Union[OperationChoice, _Mapping]]] = ..., deviceIds: _Optional[_Iterable[int]] = ..., epoch: _Optional[int] = ..., lost: _Optional[_Iterable[_Union[LostDevice, _Mapping]]] = ...) -> None: ...
 
 class LostDevice(_message.Message):
-    __slots__ = ("deviceId", "rank", "reason", "detectionNs")
+    __slots__ = ("deviceId", "rank", "reason", "detectionNs", "replacedBy")
     DEVICEID_FIELD_NUMBER: _ClassVar[int]
     RANK_FIELD_NUMBER: _ClassVar[int]
     REASON_FIELD_NUMBER: _ClassVar[int]
     DETECTIONNS_FIELD_NUMBER: _ClassVar[int]
+    REPLACEDBY_FIELD_NUMBER: _ClassVar[int]
     deviceId: int
     rank: int
     reason: str
     detectionNs: int
-    def __init__(self, deviceId: _Optional[int] = ..., rank: _Optional[int] = ..., reason: _Optional[str] = ..., detectionNs: _Optional[int] = ...) -> None: ...
+    replacedBy: int
+    def __init__(self, deviceId: _Optional[int] = ..., rank: _Optional[int] = ..., reason: _Optional[str] = ..., detectionNs: _Optional[int] = ..., replacedBy: _Optional[int] = ...) -> None: ...
 
 class OperationChoice(_message.Message):
     __slots__ = ("kind", "algorithm", "reason", "predictedNs", "deviceIds")

@@ -313,7 +313,7 @@ def test_a_deadline_that_passes_is_a_timeout(client: Client, comm: Communicator)
 
 def test_a_device_that_is_gone_is_named() -> None:
     with Fleet(2, ["--memory", "4MiB"]) as fleet, dsml_gpu.connect(fleet.address) as client:
-        comm = client.communicator(2)
+        comm = client.communicator(2, on_failure="fail")
         arrays = comm.array([np.ones(4)] * 2)
         fleet.devices[1].process.kill()
         fleet.devices[1].process.wait()

@@ -27,7 +27,7 @@ from tests.support.rpc import (
 
 @pytest.fixture
 def fleet() -> Iterator[Fleet]:
-    with Fleet(3, ["--memory", "32MiB"]) as fleet:
+    with Fleet(3, ["--memory", "32MiB"], ["--on-failure", "fail"]) as fleet:
         yield fleet
 
 
@@ -94,7 +94,7 @@ def test_the_coordinator_dies_and_the_devices_serve_the_next_one(fleet: Fleet, r
 
 def test_a_device_server_that_was_restarted_has_lost_the_communicator(tmp_path: Path):
     with running(tmp_path, "device", "--id", "1") as one, running(tmp_path, "device", "--id", "2") as two:
-        options = ["--device", one.address, "--device", two.address]
+        options = ["--device", one.address, "--device", two.address, "--on-failure", "fail"]
         with ServerProcess("coordinator", *options) as coordinator, rpc_to(coordinator.address) as rpc:
             comm = rpc.comm_init(2)
             all_reduce_on(rpc, comm)

@@ -23,7 +23,8 @@ from tests.support.rpc import (
 @pytest.fixture(scope="module")
 def fleet() -> Iterator[Fleet]:
     timeouts = ["--stall-timeout", str(STALL_S)]
-    with Fleet(3, ["--memory", "32MiB", *timeouts], [*timeouts, "--operation-timeout", "4"]) as fleet:
+    options = [*timeouts, "--operation-timeout", "4", "--on-failure", "fail"]
+    with Fleet(3, ["--memory", "32MiB", *timeouts], options) as fleet:
         yield fleet
 
 

@@ -31,7 +31,7 @@ def fleet_with(
     orders = [word for fault in faults for word in ("--failpoint", fault)]
     device_options = ["--memory", "64MiB", "--slice", "16KiB", *orders, "--failpoint-log", str(log)]
     with (
-        Fleet(NRANKS, device_options, ["--transport", "grpc", *options]) as fleet,
+        Fleet(NRANKS, device_options, ["--transport", "grpc", "--on-failure", "fail", *options]) as fleet,
         dsml_gpu.connect(fleet.address) as client,
     ):
         yield fleet, client, client.communicator(NRANKS)

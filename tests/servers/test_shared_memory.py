@@ -227,7 +227,7 @@ def name_of(server: ServerProcess, device_id: int) -> str:
 
 def test_a_device_that_dies_is_named_at_once_and_the_others_go_on() -> None:
     before = left_behind()
-    with Fleet(4, MEMORY) as fleet, dsml_gpu.connect(fleet.address) as client:
+    with Fleet(4, MEMORY, ["--on-failure", "fail"]) as fleet, dsml_gpu.connect(fleet.address) as client:
         comm = client.communicator(4)
         pair = client.communicator(device_ids=[2, 3])
         assert all_reduce(comm) == all_reduce(pair) == ("p2p",)
@@ -279,7 +279,7 @@ def metadata_of(fleet: Fleet) -> list[pb.DeviceMetadata]:
 def test_a_device_server_that_was_restarted_is_not_taken_for_the_one_before(tmp_path: Path) -> None:
     """Also where it has no part in the work, and where the coordinator has spoken to its successor."""
     with running(tmp_path, "device", "--id", "1") as one, running(tmp_path, "device", "--id", "2") as two:
-        options = ["--device", one.address, "--device", two.address]
+        options = ["--device", one.address, "--device", two.address, "--on-failure", "fail"]
         with ServerProcess("coordinator", *options) as coordinator, dsml_gpu.connect(coordinator.address) as client:
             comm = client.communicator(2)
             assert all_reduce(comm) == ("p2p",)
@@ -338,7 +338,7 @@ class World:
 
 @contextmanager
 def new_world() -> Iterator[World]:
-    with Fleet(3, MEMORY, ["--stall-timeout", str(STALL_S)]) as fleet, rpc_to(fleet.address) as rpc:
+    with Fleet(3, MEMORY, ["--stall-timeout", str(STALL_S), "--on-failure", "fail"]) as fleet, rpc_to(fleet.address) as rpc:
         yield World(fleet, rpc)
 
 
@@ -361,8 +361,9 @@ def test_a_device_that_freezes_in_the_middle_reaches_nothing_afterwards(world: W
     with rpc.comm(3) as comm, rpc.comm(2, deviceIds=[3, 2]) as pair, rpc.comm(1, deviceIds=[2]) as single:
         _freeze_in_the_middle(world, comm, [pair, single])
         # Awake again, it is used again.
-        for used in (comm, pair, single):
-            all_reduce_by(rpc, used)
+        with rpc.comm(3, deviceIds=[1, 2, 3]) as successor:
+            for used in (successor, pair, single):
+                all_reduce_by(rpc, used)
 
 
 def _freeze_in_the_middle(world: World, comm: pb.CommInitResponse, others: Sequence[pb.CommInitResponse]) -> None:

@@ -1,0 +1,110 @@
+"""Which devices a communicator has, and had, as its client knows them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+
+from dsml_gpu.client.arrays import Device, DeviceArray
+from dsml_gpu.errors import RankMismatch
+from dsml_gpu.wire import gpu_sim_pb2 as pb
+
+
+@dataclass(frozen=True, slots=True)
+class Members:
+    """Who is in a communicator in one of its epochs.
+
+    Attributes:
+        epoch: its number; from 1.
+        devices: of each rank. A device that has taken the place of a lost one is the same object (`Device.become`).
+    """
+
+    epoch: int
+    devices: tuple[Device, ...]
+
+    @property
+    def nranks(self) -> int:
+        return len(self.devices)
+
+    @property
+    def device_ids(self) -> list[int]:
+        return [device.device_id for device in self.devices]
+
+    def rank_of(self, array: DeviceArray) -> int | None:
+        """The rank that an array is on; None: none."""
+        device_ids = self.device_ids
+        return device_ids.index(array.device.device_id) if array.device.device_id in device_ids else None
+
+    def require_on(self, array: DeviceArray, rank: int) -> None:
+        """Raises RankMismatch unless an array is on a rank's device."""
+        if array.device.device_id != self.devices[rank].device_id:
+            raise RankMismatch(
+                f"rank {rank} is device {self.devices[rank].device_id}, but its array is on device {array.device.device_id}"
+            )
+
+
+class Epochs:
+    """All epochs that the client has heard of.
+
+    Args:
+        make: the `Device` of what its server says of it.
+        first: devices of epoch 1.
+    """
+
+    def __init__(self, make: Callable[[pb.DeviceMetadata], Device], first: Iterable[pb.DeviceMetadata]) -> None:
+        self._make = make
+        self.present = Members(1, tuple(map(make, first)))
+        self._known = {1: self.present}
+
+    def of(self, arrays: Sequence[DeviceArray]) -> Members:
+        """The latest epoch whose ranks the arrays are on, one on each, in their order.
+
+        Raises:
+            RankMismatch: there is none; the message is about the present one.
+        """
+        device_ids = [array.device.device_id for array in arrays]
+        for members in reversed(self._known.values()):
+            if device_ids == members.device_ids:
+                return members
+        if len(arrays) != self.present.nranks:
+            raise RankMismatch(f"{self.present.nranks} ranks need one array each, got {len(arrays)}")
+        for rank, array in enumerate(arrays):
+            self.present.require_on(array, rank)
+        raise AssertionError("one of them is on another device")
+
+    def of_all(self, arrays: Iterable[DeviceArray]) -> Members:
+        """The latest epoch that has the devices of all arrays; the present one where there is none."""
+        device_ids = {array.device.device_id for array in arrays}
+        found = (members for members in reversed(self._known.values()) if device_ids <= set(members.device_ids))
+        return next(found, self.present)
+
+    def hear(self, result: pb.CollectiveResult, ask: Callable[[], pb.GetCommStatusResponse]) -> None:
+        """The answer of an operation has told who is in it now.
+
+        Args:
+            ask: for what is not known of the devices.
+        """
+        known = {device.device_id: device for members in self._known.values() for device in members.devices}
+        epoch, device_ids = result.epoch, list(result.deviceIds)
+        if not known.keys() >= set(device_ids):
+            answer = ask()
+            epoch, device_ids = answer.epoch, [metadata.deviceId.value for metadata in answer.devices]
+            metadatas = {metadata.deviceId.value: metadata for metadata in answer.devices}
+            for lost in result.lost:
+                if lost.replacedBy in metadatas:
+                    known[lost.replacedBy] = known.pop(lost.deviceId)
+                    known[lost.replacedBy].become(metadatas[lost.replacedBy])
+            for device_id in device_ids:
+                if device_id not in known:
+                    known[device_id] = self._make(metadatas[device_id])
+        self.begin(epoch, [known[device_id] for device_id in device_ids])
+
+    def begin(self, epoch: int, devices: Iterable[Device]) -> None:
+        """The communicator is in an epoch from now on."""
+        self.present = self._known[epoch] = Members(epoch, tuple(devices))
+
+    def left(self, arrays: Sequence[DeviceArray]) -> list[DeviceArray]:
+        """Those of the arrays that are on the present devices. Raises RankMismatch as `of`."""
+        self.of(arrays)
+        present = set(self.present.device_ids)
+        return [array for array in arrays if array.device.device_id in present]
