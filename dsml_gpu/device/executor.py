@@ -115,6 +115,7 @@ class GroupExecution:
         self._arena = device.arena
         self._memory = device.arena.memory
         self._reducer = device.reducer
+        self._device_id = device.device_id
         self._rank, self._nranks = membership.rank, membership.nranks
         self._links = links
         self._slice_bytes = slice_bytes
@@ -198,7 +199,7 @@ class GroupExecution:
     def _count_moved(self) -> None:
         self._slices_moved += 1
         self._progress.add()
-        failpoints.reach("execute.slice", rank=self._rank)
+        failpoints.reach("execute.slice", rank=self._rank, device=self._device_id)
 
     async def _receive(self, link: RecvLink, accesses: Sequence[Access], slices: _Slices, outboxes: list[_Outbox]) -> None:
         source = f"rank {accesses[0].move.peer}"

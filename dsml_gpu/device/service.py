@@ -299,7 +299,7 @@ class DeviceService:
         running = self._executing[device.device_id, request.commId]
         running.add(task)
         try:
-            failpoints.reach("execute.begin", rank=membership.rank)
+            failpoints.reach("execute.begin", rank=membership.rank, device=device.device_id)
             bytes_sent = await self._run_passes(device, membership, request)
             if request.operations or not request.passes:
                 bytes_sent += await self._run_operations(device, membership, request)
@@ -347,7 +347,7 @@ class DeviceService:
             raise
         if undo is not None:
             self._unsettled[key] = request.round, undo
-        failpoints.reach("execute.done", rank=membership.rank)
+        failpoints.reach("execute.done", rank=membership.rank, device=device.device_id)
         return execution.bytes_sent
 
     def _open_links(self, device: Device, membership: Membership, links: Any, flows: list[Dataflow]) -> Links:
