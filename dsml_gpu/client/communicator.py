@@ -102,6 +102,31 @@ class Communicator(Collectives):
             self._connection.call("GroupEnd", request, timeout_s or self._connection.collective_timeout_s)
         )
 
+    def grow(self, ndevices: int | None = None, *, device_ids: Sequence[int] | None = None) -> None:
+        """Takes more devices in, which get the ranks behind the last one. Ordered after all collectives issued before.
+
+        Later calls need one array for each of the ranks that there are then.
+
+        Args:
+            ndevices: how many, any free ones.
+            device_ids: exactly these.
+
+        Raises:
+            OutOfDevices: not enough devices are free.
+            DeviceNotFound, PeerUnavailable: a named device does not exist or answer.
+            InvalidValue: a device is in the communicator already.
+            GroupMisuse: a group is open.
+        """
+        self._require_open()
+        if self._group is not None:
+            raise GroupMisuse(f"{self!r} has an open group, and cannot grow before its end")
+        number = len(device_ids or ()) if ndevices is None else ndevices
+        if number < 1:
+            raise InvalidValue(f"a communicator grows by at least 1 device, not {number}")
+        request = pb.CommGrowRequest(commId=self.comm_id, numDevices=number, deviceIds=device_ids or ())
+        answer = self._connection.call("CommGrow", request, self._connection.collective_timeout_s)
+        self._epochs.grown(answer.epoch, answer.devices)
+
     def checkpoint(
         self, url: str | os.PathLike[str], arrays: Mapping[str, Sequence[DeviceArray]] | None = None
     ) -> CheckpointJob:

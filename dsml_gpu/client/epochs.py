@@ -99,6 +99,11 @@ class Epochs:
                     known[device_id] = self._make(metadatas[device_id])
         self.begin(epoch, [known[device_id] for device_id in device_ids])
 
+    def grown(self, epoch: int, metadatas: Iterable[pb.DeviceMetadata]) -> None:
+        """The communicator has taken devices in."""
+        known = {device.device_id: device for device in self.present.devices}
+        self.begin(epoch, [known.get(one.deviceId.value) or self._make(one) for one in metadatas])
+
     def begin(self, epoch: int, devices: Iterable[Device]) -> None:
         """The communicator is in an epoch from now on."""
         self.present = self._known[epoch] = Members(epoch, tuple(devices))

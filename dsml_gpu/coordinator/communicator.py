@@ -18,7 +18,7 @@ from dsml_gpu.coordinator.epochs import Epoch, Epochs
 from dsml_gpu.coordinator.order import Turn
 from dsml_gpu.coordinator.ranks import Planned, Ranks, RunSettings
 from dsml_gpu.coordinator.shrink import without_lost
-from dsml_gpu.errors import CommNotReady, DsmlError, GroupMisuse, PeerUnavailable
+from dsml_gpu.errors import CommNotReady, DsmlError, GroupMisuse, OutOfDevices, PeerUnavailable
 from dsml_gpu.observe import metrics
 from dsml_gpu.wire import gpu_sim_pb2 as pb
 
@@ -231,25 +231,44 @@ class Communicator:
             self._begin_epoch({seat: one for seat, one in self._seated().items() if one is not handle})
             self._keeper.let_go(self.comm_id, [handle])
 
+    def check_growing(self, number: int) -> None:
+        """Raises what `grow` refuses so many devices with, whichever they are.
+
+        Raises:
+            CommNotReady, GroupMisuse: it was finalized, or a group is open.
+            OutOfDevices: it would have more than `MAX_RANKS`.
+        """
+        self._require_open()
+        self._require_whole()
+        if self._group is not None:
+            raise GroupMisuse(f"communicator {self.comm_id} has an open group, and cannot grow before its end")
+        if self.epoch.nranks + number > plan.MAX_RANKS:
+            raise OutOfDevices(
+                f"a communicator has at most {plan.MAX_RANKS} ranks; {number} more than {self.epoch.nranks} were asked for"
+            )
+
     async def grow(self, handles: Sequence[DeviceHandle]) -> None:
         """Takes in devices, which get the ranks behind the last one, after what was issued before.
 
         Raises:
-            GroupMisuse: a group is open.
-            DsmlError: a device cannot join; then none has.
+            DsmlError: see `check_growing`; or a device cannot join: then none has.
         """
-        self._require_open()
-        if self._group is not None:
-            raise GroupMisuse(f"communicator {self.comm_id} has an open group, and cannot grow before its end")
+        self.check_growing(len(handles))
         async with Turn([*self.handles, *handles], self._settings.operation_timeout_s):
-            self._require_whole()
+            self.check_growing(len(handles))
+            gone = self._ranks.gone()
+            if gone:
+                self._go_on_without(gone)
             next_seat = self._epochs.next_seat
             before = self._seated()
             self._begin_epoch(before | dict(enumerate(handles, next_seat)))
             try:
                 await self._ranks.join()
             except BaseException:
+                # Those that have joined must not stay in an epoch that the others never hear of.
                 self._begin_epoch(before)
+                for handle in handles:
+                    handle.drop(self.comm_id)
                 raise
 
     def _seated(self) -> dict[int, DeviceHandle]:

@@ -137,20 +137,13 @@ class CoordinatorService:
         return await self._once("CommInit", request, 0, context, lambda: self._comm_init(request), keep)
 
     async def _comm_init(self, request: pb.CommInitRequest) -> pb.CommInitResponse:
-        if request.numDevices == 0:
-            raise InvalidValue("numDevices is 0, expected at least 1")
-        if request.deviceIds and len(request.deviceIds) != request.numDevices:
-            raise InvalidValue(f"numDevices is {request.numDevices}, but {len(request.deviceIds)} deviceIds are named")
+        _check_number(request)
         if request.transport not in pb.Transport.values():
             raise InvalidValue(f"unknown transport {request.transport}; known: {', '.join(pb.Transport.keys())}")
         if request.onFailure not in pb.OnFailure.values():
             raise InvalidValue(f"unknown onFailure {request.onFailure}; known: {', '.join(pb.OnFailure.keys())}")
         comm_id = _new_comm_id()
-        async with self._choosing:
-            if request.deviceIds:
-                handles = await self._registry.take_named(list(request.deviceIds), comm_id)
-            else:
-                handles = await self._registry.take(request.numDevices, comm_id)
+        handles = await self._take(request, comm_id)
         transport, on_failure = self._choices(request)
         settings = RunSettings(
             transport,
@@ -168,6 +161,30 @@ class CoordinatorService:
         return pb.CommInitResponse(
             success=True, commId=comm_id, devices=[handle.metadata for handle in handles], lane=self.lane
         )
+
+    async def _take(self, request: pb.CommInitRequest | pb.CommGrowRequest, comm_id: int) -> list[DeviceHandle]:
+        async with self._choosing:
+            if request.deviceIds:
+                return await self._registry.take_named(list(request.deviceIds), comm_id)
+            return await self._registry.take(request.numDevices, comm_id)
+
+    async def CommGrow(self, request: pb.CommGrowRequest, context: Any) -> pb.CommGrowResponse:
+        return await self._once("CommGrow", request, request.commId, context, lambda: self._comm_grow(request))
+
+    async def _comm_grow(self, request: pb.CommGrowRequest) -> pb.CommGrowResponse:
+        comm = self._comm(request.commId)
+        _check_number(request)
+        comm.check_growing(request.numDevices)
+        named = {handle.device_id for handle in comm.handles} & set(request.deviceIds)
+        if named:
+            raise InvalidValue(f"device {min(named)} is in communicator {comm.comm_id} already")
+        handles = await self._take(request, comm.comm_id)
+        try:
+            await comm.grow(handles)
+        except BaseException:
+            self._registry.release(handles, comm.comm_id)
+            raise
+        return pb.CommGrowResponse(epoch=comm.epoch.number, devices=[handle.metadata for handle in comm.handles])
 
     def _choices(self, request: pb.CommInitRequest) -> tuple[int, int]:
         """Numbers of the transport and of ``enum OnFailure`` of a communicator."""
@@ -478,6 +495,13 @@ async def _checked(handle: DeviceHandle, addr: int, announced: int, chunks: Asyn
         yield chunk
     if announced and total != announced:
         raise StreamLength(f"{announced} bytes were announced, {total} came")
+
+
+def _check_number(request: pb.CommInitRequest | pb.CommGrowRequest) -> None:
+    if request.numDevices == 0:
+        raise InvalidValue("numDevices is 0, expected at least 1")
+    if request.deviceIds and len(request.deviceIds) != request.numDevices:
+        raise InvalidValue(f"numDevices is {request.numDevices}, but {len(request.deviceIds)} deviceIds are named")
 
 
 def _members(devices: Iterable[pb.DeviceMetadata]) -> tuple[Member, ...]:

@@ -766,6 +766,26 @@ class GetCommStatusResponse(_message.Message):
     lane: str
     def __init__(self, status: _Optional[_Union[Status, str]] = ..., message: _Optional[str] = ..., epoch: _Optional[int] = ..., devices: _Optional[_Iterable[_Union[DeviceMetadata, _Mapping]]] = ..., lane: _Optional[str] = ...) -> None: ...
 
+class CommGrowRequest(_message.Message):
+    __slots__ = ("commId", "numDevices", "deviceIds", "idempotencyKey")
+    COMMID_FIELD_NUMBER: _ClassVar[int]
+    NUMDEVICES_FIELD_NUMBER: _ClassVar[int]
+    DEVICEIDS_FIELD_NUMBER: _ClassVar[int]
+    IDEMPOTENCYKEY_FIELD_NUMBER: _ClassVar[int]
+    commId: int
+    numDevices: int
+    deviceIds: _containers.RepeatedScalarFieldContainer[int]
+    idempotencyKey: str
+    def __init__(self, commId: _Optional[int] = ..., numDevices: _Optional[int] = ..., deviceIds: _Optional[_Iterable[int]] = ..., idempotencyKey: _Optional[str] = ...) -> None: ...
+
+class CommGrowResponse(_message.Message):
+    __slots__ = ("epoch", "devices")
+    EPOCH_FIELD_NUMBER: _ClassVar[int]
+    DEVICES_FIELD_NUMBER: _ClassVar[int]
+    epoch: int
+    devices: _containers.RepeatedCompositeFieldContainer[DeviceMetadata]
+    def __init__(self, epoch: _Optional[int] = ..., devices: _Optional[_Iterable[_Union[DeviceMetadata, _Mapping]]] = ...) -> None: ...
+
 class RegisterDevicesRequest(_message.Message):
     __slots__ = ("address",)
     ADDRESS_FIELD_NUMBER: _ClassVar[int]

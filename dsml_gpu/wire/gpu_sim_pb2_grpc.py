@@ -734,6 +734,11 @@ class GPUCoordinatorStub(object):
                 request_serializer=dsml__gpu_dot_wire_dot_gpu__sim__pb2.StreamDeviceToHostRequest.SerializeToString,
                 response_deserializer=dsml__gpu_dot_wire_dot_gpu__sim__pb2.DataChunk.FromString,
                 )
+        self.CommGrow = channel.unary_unary(
+                '/gpu_sim.GPUCoordinator/CommGrow',
+                request_serializer=dsml__gpu_dot_wire_dot_gpu__sim__pb2.CommGrowRequest.SerializeToString,
+                response_deserializer=dsml__gpu_dot_wire_dot_gpu__sim__pb2.CommGrowResponse.FromString,
+                )
         self.RegisterDevices = channel.unary_stream(
                 '/gpu_sim.GPUCoordinator/RegisterDevices',
                 request_serializer=dsml__gpu_dot_wire_dot_gpu__sim__pb2.RegisterDevicesRequest.SerializeToString,
@@ -901,8 +906,18 @@ class GPUCoordinatorServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def CommGrow(self, request, context):
+        """Takes more devices into a communicator, between two operations: they get the ranks behind the last one, in a new epoch.
+        They belong to it as if CommInit had named them. Operations that name less ranks than there are then are refused: they
+        must use the numbering of an epoch that has all of them (CollectiveRequest.epoch). Errors: as CommInit; NOT_FOUND (comm),
+        FAILED_PRECONDITION (a group is open, or it was finalized).
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def RegisterDevices(self, request, context):
-        """A device server makes its devices known, for the next CommInit. The coordinator answers once it has reached
+        """A device server makes its devices known, for the next CommInit or CommGrow. The coordinator answers once it has reached
         the server at the address, and keeps the call open: when it ends, the coordinator has, and the server registers anew.
         Errors: UNAVAILABLE (the coordinator cannot reach the address), INVALID_ARGUMENT (device ids are taken).
         """
@@ -911,9 +926,9 @@ class GPUCoordinatorServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def UnregisterDevices(self, request, context):
-        """The devices of a server leave: no communicator takes them any more. Answers when what runs on them has ended; what a
-        communicator that has one of them is asked for after that fails. Idempotent. Errors: NOT_FOUND (the address was never
-        registered).
+        """The devices of a server leave: no communicator takes them any more, and each that has one goes on without it after what
+        was issued before, unless it is to fail when it loses one (OnFailure.FAIL). Answers when that is done. Idempotent.
+        Errors: NOT_FOUND (the address was never registered).
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -1035,6 +1050,11 @@ def add_GPUCoordinatorServicer_to_server(servicer, server):
                     servicer.StreamDeviceToHost,
                     request_deserializer=dsml__gpu_dot_wire_dot_gpu__sim__pb2.StreamDeviceToHostRequest.FromString,
                     response_serializer=dsml__gpu_dot_wire_dot_gpu__sim__pb2.DataChunk.SerializeToString,
+            ),
+            'CommGrow': grpc.unary_unary_rpc_method_handler(
+                    servicer.CommGrow,
+                    request_deserializer=dsml__gpu_dot_wire_dot_gpu__sim__pb2.CommGrowRequest.FromString,
+                    response_serializer=dsml__gpu_dot_wire_dot_gpu__sim__pb2.CommGrowResponse.SerializeToString,
             ),
             'RegisterDevices': grpc.unary_stream_rpc_method_handler(
                     servicer.RegisterDevices,
@@ -1358,6 +1378,23 @@ class GPUCoordinator(object):
         return grpc.experimental.unary_stream(request, target, '/gpu_sim.GPUCoordinator/StreamDeviceToHost',
             dsml__gpu_dot_wire_dot_gpu__sim__pb2.StreamDeviceToHostRequest.SerializeToString,
             dsml__gpu_dot_wire_dot_gpu__sim__pb2.DataChunk.FromString,
+            options, channel_credentials,
+            insecure, call_credentials, compression, wait_for_ready, timeout, metadata)
+
+    @staticmethod
+    def CommGrow(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(request, target, '/gpu_sim.GPUCoordinator/CommGrow',
+            dsml__gpu_dot_wire_dot_gpu__sim__pb2.CommGrowRequest.SerializeToString,
+            dsml__gpu_dot_wire_dot_gpu__sim__pb2.CommGrowResponse.FromString,
             options, channel_credentials,
             insecure, call_credentials, compression, wait_for_ready, timeout, metadata)
 

@@ -615,11 +615,21 @@ class GPUCoordinatorStub:
     ]
     """Memcpy to the host as a stream, any size; same order and errors."""
 
+    CommGrow: grpc.UnaryUnaryMultiCallable[
+        dsml_gpu.wire.gpu_sim_pb2.CommGrowRequest,
+        dsml_gpu.wire.gpu_sim_pb2.CommGrowResponse,
+    ]
+    """Takes more devices into a communicator, between two operations: they get the ranks behind the last one, in a new epoch.
+    They belong to it as if CommInit had named them. Operations that name less ranks than there are then are refused: they
+    must use the numbering of an epoch that has all of them (CollectiveRequest.epoch). Errors: as CommInit; NOT_FOUND (comm),
+    FAILED_PRECONDITION (a group is open, or it was finalized).
+    """
+
     RegisterDevices: grpc.UnaryStreamMultiCallable[
         dsml_gpu.wire.gpu_sim_pb2.RegisterDevicesRequest,
         dsml_gpu.wire.gpu_sim_pb2.RegisterDevicesResponse,
     ]
-    """A device server makes its devices known, for the next CommInit. The coordinator answers once it has reached
+    """A device server makes its devices known, for the next CommInit or CommGrow. The coordinator answers once it has reached
     the server at the address, and keeps the call open: when it ends, the coordinator has, and the server registers anew.
     Errors: UNAVAILABLE (the coordinator cannot reach the address), INVALID_ARGUMENT (device ids are taken).
     """
@@ -628,9 +638,9 @@ class GPUCoordinatorStub:
         dsml_gpu.wire.gpu_sim_pb2.UnregisterDevicesRequest,
         dsml_gpu.wire.gpu_sim_pb2.UnregisterDevicesResponse,
     ]
-    """The devices of a server leave: no communicator takes them any more. Answers when what runs on them has ended; what a
-    communicator that has one of them is asked for after that fails. Idempotent. Errors: NOT_FOUND (the address was never
-    registered).
+    """The devices of a server leave: no communicator takes them any more, and each that has one goes on without it after what
+    was issued before, unless it is to fail when it loses one (OnFailure.FAIL). Answers when that is done. Idempotent.
+    Errors: NOT_FOUND (the address was never registered).
     """
 
     Checkpoint: grpc.UnaryStreamMultiCallable[
@@ -794,11 +804,21 @@ class GPUCoordinatorAsyncStub:
     ]
     """Memcpy to the host as a stream, any size; same order and errors."""
 
+    CommGrow: grpc.aio.UnaryUnaryMultiCallable[
+        dsml_gpu.wire.gpu_sim_pb2.CommGrowRequest,
+        dsml_gpu.wire.gpu_sim_pb2.CommGrowResponse,
+    ]
+    """Takes more devices into a communicator, between two operations: they get the ranks behind the last one, in a new epoch.
+    They belong to it as if CommInit had named them. Operations that name less ranks than there are then are refused: they
+    must use the numbering of an epoch that has all of them (CollectiveRequest.epoch). Errors: as CommInit; NOT_FOUND (comm),
+    FAILED_PRECONDITION (a group is open, or it was finalized).
+    """
+
     RegisterDevices: grpc.aio.UnaryStreamMultiCallable[
         dsml_gpu.wire.gpu_sim_pb2.RegisterDevicesRequest,
         dsml_gpu.wire.gpu_sim_pb2.RegisterDevicesResponse,
     ]
-    """A device server makes its devices known, for the next CommInit. The coordinator answers once it has reached
+    """A device server makes its devices known, for the next CommInit or CommGrow. The coordinator answers once it has reached
     the server at the address, and keeps the call open: when it ends, the coordinator has, and the server registers anew.
     Errors: UNAVAILABLE (the coordinator cannot reach the address), INVALID_ARGUMENT (device ids are taken).
     """
@@ -807,9 +827,9 @@ class GPUCoordinatorAsyncStub:
         dsml_gpu.wire.gpu_sim_pb2.UnregisterDevicesRequest,
         dsml_gpu.wire.gpu_sim_pb2.UnregisterDevicesResponse,
     ]
-    """The devices of a server leave: no communicator takes them any more. Answers when what runs on them has ended; what a
-    communicator that has one of them is asked for after that fails. Idempotent. Errors: NOT_FOUND (the address was never
-    registered).
+    """The devices of a server leave: no communicator takes them any more, and each that has one goes on without it after what
+    was issued before, unless it is to fail when it loses one (OnFailure.FAIL). Answers when that is done. Idempotent.
+    Errors: NOT_FOUND (the address was never registered).
     """
 
     Checkpoint: grpc.aio.UnaryStreamMultiCallable[
@@ -1008,12 +1028,24 @@ class GPUCoordinatorServicer(metaclass=abc.ABCMeta):
         """Memcpy to the host as a stream, any size; same order and errors."""
 
     @abc.abstractmethod
+    def CommGrow(
+        self,
+        request: dsml_gpu.wire.gpu_sim_pb2.CommGrowRequest,
+        context: _ServicerContext,
+    ) -> typing.Union[dsml_gpu.wire.gpu_sim_pb2.CommGrowResponse, collections.abc.Awaitable[dsml_gpu.wire.gpu_sim_pb2.CommGrowResponse]]:
+        """Takes more devices into a communicator, between two operations: they get the ranks behind the last one, in a new epoch.
+        They belong to it as if CommInit had named them. Operations that name less ranks than there are then are refused: they
+        must use the numbering of an epoch that has all of them (CollectiveRequest.epoch). Errors: as CommInit; NOT_FOUND (comm),
+        FAILED_PRECONDITION (a group is open, or it was finalized).
+        """
+
+    @abc.abstractmethod
     def RegisterDevices(
         self,
         request: dsml_gpu.wire.gpu_sim_pb2.RegisterDevicesRequest,
         context: _ServicerContext,
     ) -> typing.Union[collections.abc.Iterator[dsml_gpu.wire.gpu_sim_pb2.RegisterDevicesResponse], collections.abc.AsyncIterator[dsml_gpu.wire.gpu_sim_pb2.RegisterDevicesResponse]]:
-        """A device server makes its devices known, for the next CommInit. The coordinator answers once it has reached
+        """A device server makes its devices known, for the next CommInit or CommGrow. The coordinator answers once it has reached
         the server at the address, and keeps the call open: when it ends, the coordinator has, and the server registers anew.
         Errors: UNAVAILABLE (the coordinator cannot reach the address), INVALID_ARGUMENT (device ids are taken).
         """
@@ -1024,9 +1056,9 @@ class GPUCoordinatorServicer(metaclass=abc.ABCMeta):
         request: dsml_gpu.wire.gpu_sim_pb2.UnregisterDevicesRequest,
         context: _ServicerContext,
     ) -> typing.Union[dsml_gpu.wire.gpu_sim_pb2.UnregisterDevicesResponse, collections.abc.Awaitable[dsml_gpu.wire.gpu_sim_pb2.UnregisterDevicesResponse]]:
-        """The devices of a server leave: no communicator takes them any more. Answers when what runs on them has ended; what a
-        communicator that has one of them is asked for after that fails. Idempotent. Errors: NOT_FOUND (the address was never
-        registered).
+        """The devices of a server leave: no communicator takes them any more, and each that has one goes on without it after what
+        was issued before, unless it is to fail when it loses one (OnFailure.FAIL). Answers when that is done. Idempotent.
+        Errors: NOT_FOUND (the address was never registered).
         """
 
     @abc.abstractmethod

@@ -102,6 +102,7 @@ STRINGS = {
         for name in (
             "AllReduceRingRequest",
             "CollectiveRequest",
+            "CommGrowRequest",
             "CommInitRequest",
             "FreeRequest",
             "GroupEndRequest",

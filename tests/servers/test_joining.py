@@ -8,12 +8,14 @@ import socket
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 
+import dsml_gpu
 from dsml_gpu.cli.fleet import ServerProcess
 from dsml_gpu.coordinator.device_handle import DeviceHandle
 from dsml_gpu.device.registration import delay_s, outgoing_host
-from dsml_gpu.errors import Unavailable
+from dsml_gpu.errors import InvalidValue, OutOfDevices, PeerUnavailable, Unavailable
 from dsml_gpu.wire import gpu_sim_pb2 as pb
 from tests.support.in_this_process import coordinating, in_event_loop, until
 from tests.support.processes import run_to_end, running, wait_until
@@ -155,6 +157,73 @@ def test_devices_join_and_leave_while_collectives_run_on_others(tmp_path: Path) 
             traffic.end()
             assert traffic.failure is None
     print(f"{traffic.done} collectives, none failed")
+
+
+@pytest.mark.parametrize("transport", ["grpc", "p2p"])
+def test_devices_come_into_a_live_communicator_and_leave_it_between_operations(tmp_path: Path, transport: str) -> None:
+    with (
+        running(tmp_path, *ALONE) as coordinator,
+        running(tmp_path, *device(1, coordinator.address)),
+        running(tmp_path, *device(2, coordinator.address)) as two,
+        dsml_gpu.connect(coordinator.address) as client,
+    ):
+        wait_until(lambda: len(client.devices()) == 2, "both devices")
+        comm = client.communicator(2, transport=transport)
+        before = comm.array([np.full(1000, 10.0), np.full(1000, 20.0)])
+        comm.all_reduce(before)
+        with running(tmp_path, *device(3, coordinator.address)):
+            wait_until(lambda: len(client.devices()) == 3, "the third device")
+            comm.grow(1)
+            assert (comm.nranks, comm.epoch, [one.device_id for one in comm.devices]) == (3, 2, [1, 2, 3])
+            with pytest.raises(InvalidValue, match="3 ranks in epoch 2, of which epoch 1 knows 2"):
+                comm.all_reduce(before)
+            arrays = [*before, comm.devices[2].array(np.full(1000, 5.0))]
+            result = comm.all_reduce(arrays)
+            assert result is not None
+            assert (result.device_ids, result.epoch) == ((1, 2, 3), 2)
+            assert [array.get()[0] for array in arrays] == [65] * 3
+            # Traffic goes on while one leaves; nothing of it fails.
+            assert two.ends(signal.SIGTERM) == 0
+            result = comm.all_reduce(arrays)
+            assert result is not None
+            assert (result.device_ids, result.epoch, result.lost) == ((1, 3), 3, ())
+            assert [arrays[rank].get()[0] for rank in (0, 2)] == [130] * 2
+            with pytest.raises(OutOfDevices):
+                comm.grow(1)
+            assert comm.nranks == 2
+            comm.close()
+            all_reduce_of(client, [3, 1])
+    assert two.stderr == ""
+
+
+def all_reduce_of(client: dsml_gpu.Client, device_ids: list[int]) -> None:
+    with client.communicator(device_ids=device_ids) as comm:
+        arrays = comm.array([np.ones(8)] * len(device_ids))
+        comm.all_reduce(arrays)
+        assert arrays[0].get().tolist() == [len(device_ids)] * 8
+
+
+def test_a_communicator_that_cannot_grow_stays_what_it_is(tmp_path: Path) -> None:
+    """The device that is to come freezes before it has joined."""
+    with (
+        running(tmp_path, *ALONE) as coordinator,
+        running(tmp_path, *device(1, coordinator.address)),
+        running(tmp_path, *device(2, coordinator.address)) as two,
+        dsml_gpu.connect(coordinator.address) as client,
+    ):
+        wait_until(lambda: len(client.devices()) == 2, "both devices")
+        comm = client.communicator(device_ids=[1])
+        arrays = comm.array([np.ones(8)])
+        two.process.send_signal(signal.SIGSTOP)
+        with pytest.raises(PeerUnavailable):
+            comm.grow(device_ids=[2])
+        assert comm.all_reduce(arrays) is not None
+        two.process.send_signal(signal.SIGCONT)
+        wait_until(lambda: len(client.devices()) == 2, "the return")
+        comm.grow(device_ids=[2])
+        both = [*arrays, comm.devices[1].array(np.ones(8))]
+        comm.all_reduce(both)
+        assert both[1].get().tolist() == [2.0] * 8
 
 
 def test_a_device_that_listens_everywhere_tells_the_address_from_which_it_reaches_the_coordinator(tmp_path: Path) -> None:
