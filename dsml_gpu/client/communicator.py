@@ -152,7 +152,7 @@ class Communicator(Collectives):
         self._require_open()
         self._require_no_group()
         named = self._checkpoints.tracked.live() if arrays is None else arrays
-        left = {name: self._epochs.left(each) for name, each in named.items()}
+        left = {name: self._epochs.left(each, name) for name, each in named.items()}
         return self._checkpoints.save(url, left, self._epochs.present)
 
     def restore(
@@ -179,7 +179,7 @@ class Communicator(Collectives):
         """
         self._require_open()
         self._require_no_group()
-        left = None if into is None else {name: self._epochs.left(arrays) for name, arrays in into.items()}
+        left = None if into is None else {name: self._epochs.left(arrays, name) for name, arrays in into.items()}
         return self._checkpoints.restore(url, self._epochs.present, left, timeout_s)
 
     def _require_no_group(self) -> None:

@@ -56,8 +56,11 @@ class Epochs:
         self.present = Members(1, tuple(map(make, first)))
         self._known = {1: self.present}
 
-    def of(self, arrays: Sequence[DeviceArray]) -> Members:
+    def of(self, arrays: Sequence[DeviceArray], name: str = "") -> Members:
         """The latest epoch whose ranks the arrays are on, one on each, in their order.
+
+        Args:
+            name: of the arrays, for the message.
 
         Raises:
             RankMismatch: there is none; the message is about the present one.
@@ -67,7 +70,8 @@ class Epochs:
             if device_ids == members.device_ids:
                 return members
         if len(arrays) != self.present.nranks:
-            raise RankMismatch(f"{self.present.nranks} ranks need one array each, got {len(arrays)}")
+            what = f"array {name!r}" if name else "array"
+            raise RankMismatch(f"{self.present.nranks} ranks need one {what} each, got {len(arrays)}")
         for rank, array in enumerate(arrays):
             self.present.require_on(array, rank)
         raise AssertionError("one of them is on another device")
@@ -108,8 +112,8 @@ class Epochs:
         """The communicator is in an epoch from now on."""
         self.present = self._known[epoch] = Members(epoch, tuple(devices))
 
-    def left(self, arrays: Sequence[DeviceArray]) -> list[DeviceArray]:
+    def left(self, arrays: Sequence[DeviceArray], name: str) -> list[DeviceArray]:
         """Those of the arrays that are on the present devices. Raises RankMismatch as `of`."""
-        self.of(arrays)
+        self.of(arrays, name)
         present = set(self.present.device_ids)
         return [array for array in arrays if array.device.device_id in present]

@@ -31,6 +31,7 @@ from dsml_gpu.checkpoints.shards import ArraySpec, header_of
 from dsml_gpu.checkpoints.threads import in_thread
 from dsml_gpu.coordinator.control_round import cancel
 from dsml_gpu.coordinator.device_handle import DeviceHandle
+from dsml_gpu.coordinator.epochs import Epoch
 from dsml_gpu.coordinator.order import Turn
 from dsml_gpu.errors import CheckpointDamaged, CheckpointNotFound, InvalidValue, RankMismatch, StorageUnavailable
 from dsml_gpu.reduction import dtype_of
@@ -50,6 +51,18 @@ class Ranks(Protocol):
     @property
     def handles(self) -> Sequence[DeviceHandle]:
         """Rank r is ``handles[r]``."""
+
+    @property
+    def epoch(self) -> Epoch:
+        """The present one."""
+
+
+@dataclass(frozen=True, slots=True)
+class LastCheckpoint:
+    """The last complete checkpoint of a communicator: where it is, and the seat of each of its ranks (`epochs`)."""
+
+    url: str
+    seats: tuple[int, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,19 +86,19 @@ class Checkpoints:
         #: By URL: the generations that are being written, and the end of the one that was issued last.
         self._generations: dict[str, set[str]] = {}
         self._ends: dict[str, asyncio.Future[None]] = {}
-        self._last_urls: dict[int, str] = {}
+        self._last: dict[int, LastCheckpoint] = {}
 
-    def last_url(self, comm_id: int) -> str | None:
-        """Where the last complete checkpoint of a communicator is; None: it has none."""
-        return self._last_urls.get(comm_id)
+    def last(self, comm_id: int) -> LastCheckpoint | None:
+        """The last complete checkpoint of a communicator; None: it has none."""
+        return self._last.get(comm_id)
 
-    def set_last_url(self, comm_id: int, url: str) -> None:
+    def set_last(self, comm_id: int, last: LastCheckpoint) -> None:
         """A coordinator that was restarted remembers it."""
-        self._last_urls[comm_id] = url
+        self._last[comm_id] = last
 
     def forget(self, comm_id: int) -> None:
         """The communicator has ended; its checkpoints stay. Idempotent."""
-        self._last_urls.pop(comm_id, None)
+        self._last.pop(comm_id, None)
 
     # ---- writing ------------------------------------------------------------------------------------------------------
 
@@ -94,7 +107,7 @@ class Checkpoints:
 
         Its place in the order is taken when the first answer is asked for.
         """
-        handles = tuple(comm.handles)
+        handles, seats = tuple(comm.handles), comm.epoch.seats
         url = _checked_url(request.url)
         requests = save_requests(request, handles, generation := new_generation())
         total = sum(_nbytes(array) for one in requests for array in one.arrays)
@@ -118,7 +131,7 @@ class Checkpoints:
             if earlier is not None:
                 await asyncio.wait([earlier])
             await in_thread(lambda: _complete(url, Manifest(generation, files), generations))
-            self._last_urls[comm.comm_id] = url
+            self._last[comm.comm_id] = LastCheckpoint(url, seats)
             yield pb.CheckpointProgress(bytesWritten=total, bytesTotal=total, copied=True, complete=True)
         finally:
             turn.end()

@@ -17,6 +17,7 @@ from dsml_gpu.coordinator.device_handle import DeviceHandle
 from dsml_gpu.coordinator.epochs import Epoch, Epochs
 from dsml_gpu.coordinator.order import Turn
 from dsml_gpu.coordinator.ranks import Planned, Ranks, RunSettings
+from dsml_gpu.coordinator.replacement import Place, reads_of
 from dsml_gpu.coordinator.shrink import without_lost
 from dsml_gpu.errors import CommNotReady, DsmlError, GroupMisuse, OutOfDevices, PeerUnavailable
 from dsml_gpu.observe import metrics
@@ -36,6 +37,9 @@ class Keeper(Protocol):
 
     def let_go(self, comm_id: int, handles: Sequence[DeviceHandle]) -> None:
         """Devices are in a communicator no more."""
+
+    async def replace(self, place: Place) -> DeviceHandle:
+        """A device that has taken the place of a lost one. Raises DsmlError where none can."""
 
 
 class _Asked(NamedTuple):
@@ -294,13 +298,45 @@ class Communicator:
             self.handles[rank].give_up("does not answer")
         return sorted({*silent, *self._ranks.gone()})
 
+    async def _go_on_after(self, gone: Sequence[int], remaining: Sequence[_Asked]) -> list[pb.LostDevice]:
+        """Goes on as `on_failure` says when ranks are gone; returns who that is.
+
+        Args:
+            remaining: what is to be run next.
+
+        Raises:
+            PeerUnavailable: it is not to go on, or cannot.
+        """
+        if self.on_failure != pb.RESTORE:
+            return self._go_on_without(gone)
+        calls = [self._in_present(one) for one in remaining]
+        lost = [_lost(rank, self.handles[rank]) for rank in gone]
+        seated = self._seated()
+        try:
+            for one in lost:
+                seat, handle = self.epoch.seats[one.rank], self.handles[one.rank]
+                place = Place(self.comm_id, handle, seat, reads_of(calls, one.rank))
+                seated[seat] = await self._keeper.replace(place)
+                one.replacedBy = seated[seat].device_id
+        except BaseException as error:
+            came = [handle for handle in seated.values() if handle not in self.handles]
+            self._keeper.let_go(self.comm_id, came)
+            if isinstance(error, DsmlError):
+                self._broken = f"{_named(lost)}; nothing has taken the place: {error}"
+                raise PeerUnavailable(self._broken) from error
+            raise
+        left = [self.handles[rank] for rank in gone]
+        self._begin_epoch(seated)
+        self._keeper.let_go(self.comm_id, left)
+        return lost
+
     def _go_on_without(self, gone: Sequence[int]) -> list[pb.LostDevice]:
         """Leaves ranks behind that are gone; returns who that is. Raises PeerUnavailable where nothing is left.
 
         What was under way has been undone, or ended well.
         """
         lost = [_lost(rank, self.handles[rank]) for rank in gone]
-        named = "; ".join(f"rank {one.rank}: {one.reason}" for one in lost)
+        named = _named(lost)
         left = {
             seat: handle
             for rank, (seat, handle) in enumerate(zip(self.epoch.seats, self.handles, strict=True))
@@ -371,7 +407,7 @@ class Communicator:
             self._require_whole()
             gone = self._ranks.gone()
             if gone:
-                lost += self._go_on_without(gone)
+                lost += await self._go_on_after(gone, remaining)
             ranks = self._ranks
             try:
                 planned = await ranks.plan([self._in_present(one) for one in remaining])
@@ -386,7 +422,11 @@ class Communicator:
                     # What is in the buffers is not what was there before: there is nothing to run it on again.
                     self._go_on_without(gone)
                     raise
-                lost += self._go_on_without(gone)
+                lost += await self._go_on_after(gone, remaining)
+
+
+def _named(lost: Sequence[pb.LostDevice]) -> str:
+    return "; ".join(f"rank {one.rank}: {one.reason}" for one in lost)
 
 
 def _lost(rank: int, handle: DeviceHandle) -> pb.LostDevice:

@@ -6,11 +6,13 @@ import asyncio
 import logging
 from collections.abc import Awaitable, Callable, Sequence
 
+from dsml_gpu.coordinator.call import Range
 from dsml_gpu.coordinator.connection import RemoteConnection
 from dsml_gpu.coordinator.device_handle import DeviceHandle
 from dsml_gpu.coordinator.embedded import EmbeddedDevices
 from dsml_gpu.coordinator.heartbeats import DEFAULT_DETECTION, Detection, Watch
 from dsml_gpu.coordinator.plan import MAX_RANKS
+from dsml_gpu.coordinator.replacement import choose_spare
 from dsml_gpu.coordinator.server_handle import ServerHandle
 from dsml_gpu.coordinator.signs import RemoteSigns
 from dsml_gpu.errors import DeviceNotFound, DsmlError, InvalidValue, OutOfDevices, PeerUnavailable
@@ -302,6 +304,11 @@ class DeviceRegistry:
             if handle.leaving:
                 raise PeerUnavailable(f"{handle} is about to leave")
         return self._assign(handles, comm_id)
+
+    def spare(self, blocks: Sequence[Range], like: DeviceHandle, comm_id: int) -> DeviceHandle:
+        """A free device that can take the place of another one, for `comm_id`. See `replacement.choose_spare`."""
+        (spare,) = self._assign([choose_spare(self.handles, like, blocks)], comm_id)
+        return spare
 
     def release(self, handles: Sequence[DeviceHandle], comm_id: int) -> None:
         """Gives devices back; embedded ones that were made on demand and that nobody uses end."""

@@ -25,6 +25,7 @@ from dsml_gpu.coordinator.outcomes import Asked, Outcomes
 from dsml_gpu.coordinator.ranks import RunSettings
 from dsml_gpu.coordinator.records import KnownCommunicator, KnownServer, Member, Membership
 from dsml_gpu.coordinator.registry import DeviceRegistry
+from dsml_gpu.coordinator.replacement import Allocations, Place, replace
 from dsml_gpu.errors import (
     CommNotFound,
     InternalError,
@@ -94,6 +95,7 @@ class CoordinatorService:
         self.lane = ""
         self._chooser = Chooser(settings.cost_model)
         self._checkpoints = Checkpoints(settings.operation_timeout_s)
+        self._allocations = Allocations()
         # Devices are chosen after a round of questions to their servers; nobody else may choose meanwhile.
         self._choosing = asyncio.Lock()
         self._stops = asyncio.Event()
@@ -201,6 +203,18 @@ class CoordinatorService:
             handle.drop(comm_id)
         self._registry.release(handles, comm_id)
 
+    async def replace(self, place: Place) -> DeviceHandle:
+        """See `communicator.Keeper`."""
+        spare = await replace(
+            place,
+            self._checkpoints.last(place.comm_id),
+            self._allocations.of(place.comm_id, place.handle.device_id),
+            lambda blocks: self._registry.spare(blocks, place.handle, place.comm_id),
+            lambda handle: self.let_go(place.comm_id, [handle]),
+        )
+        self._allocations.move(place.comm_id, place.handle.device_id, spare.device_id)
+        return spare
+
     async def GetCommStatus(self, request: pb.GetCommStatusRequest, context: Any) -> pb.GetCommStatusResponse:
         comm = self._comm(request.commId)
         status, message = comm.status
@@ -233,6 +247,7 @@ class CoordinatorService:
             await comm.leave()
         finally:
             self._registry.release(comm.handles, comm.comm_id)
+            self._allocations.forget(comm.comm_id)
             # Last: until then a client's second try finds it, and its memory is not left behind.
             self._journal.forget_communicator(comm.comm_id)
 
@@ -466,13 +481,16 @@ class CoordinatorService:
             if request.commId and request.commId not in handle.comm_ids:
                 raise CommNotFound(f"{handle} is in no communicator {request.commId}")
             response: pb.MallocResponse = await handle.call("Malloc", request)
+            self._allocations.add(request.commId, handle.device_id, response.memAddr.value, request.numBytes)
             return response
 
         return await self._once("Malloc", request, request.commId, context, run)
 
     async def Free(self, request: pb.FreeRequest, context: Any) -> pb.FreeResponse:
         async def run() -> pb.FreeResponse:
-            response: pb.FreeResponse = await self._device(request, "deviceId").call("Free", request)
+            handle = self._device(request, "deviceId")
+            response: pb.FreeResponse = await handle.call("Free", request)
+            self._allocations.remove(request.commId, handle.device_id, request.memAddr.value)
             return response
 
         return await self._once("Free", request, request.commId, context, run)

@@ -8,7 +8,7 @@ import os
 import secrets
 import socket
 from collections import defaultdict, deque
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field
 from typing import Any
@@ -24,6 +24,7 @@ from dsml_gpu.device.progress import Progress
 from dsml_gpu.device.requests import check_slice_bytes, dataflow_of_wire, moved_bytes, operations_of, pass_of
 from dsml_gpu.device.shards import load_shard, save_shard
 from dsml_gpu.device.undo import Undo
+from dsml_gpu.device.waits import Wait
 from dsml_gpu.errors import (
     CommNotReady,
     DeviceNotFound,
@@ -111,6 +112,8 @@ class DeviceService:
         self._executing: defaultdict[tuple[int, int], set[asyncio.Task[Any]]] = defaultdict(set)
         #: By device and communicator, the last atomic round that is done here, and what it has overwritten.
         self._unsettled: dict[tuple[int, int], tuple[int, Undo]] = {}
+        #: By device and communicator, what the last execution waited for that ended otherwise than well.
+        self._waits: dict[tuple[int, int], Sequence[Wait]] = {}
         self._incoming = IncomingTable(self._settings.stall_timeout_s, self._timer if self._settings.link.emulated else None)
         self._data_port = DataPort(self._incoming, listening_host(address))
         self._pipes = PipeTable(self._settings.stall_timeout_s)
@@ -266,14 +269,17 @@ class DeviceService:
                 task.cancel()
             if running:
                 await asyncio.wait(running)
+        # Asked once more without a settlement, it tells the same.
+        waits = self._waits.get(key, ())
         if request.settlement != pb.QuiesceRequest.UNSETTLED:
+            self._waits.pop(key, None)
             round_id, undo = self._unsettled.get(key, (0, None))
             if undo is not None and round_id == request.round:
                 del self._unsettled[key]
                 if request.settlement == pb.QuiesceRequest.ROLL_BACK:
                     await undo.roll_back()
                 undo.forget()
-        return pb.QuiesceResponse()
+        return pb.QuiesceResponse(waits=[wait.to_wire() for wait in waits])
 
     async def Heartbeat(self, request: pb.HeartbeatRequest, context: Any) -> AsyncGenerator[pb.HeartbeatResponse, None]:
         if request.intervalMs == 0:
@@ -289,6 +295,7 @@ class DeviceService:
         device = self._device(request.deviceId)
         device.leave(request.commId)
         self._unsettled.pop((device.device_id, request.commId), None)
+        self._waits.pop((device.device_id, request.commId), None)
         return pb.LeaveCommResponse()
 
     async def Execute(self, request: pb.ExecuteRequest, context: Any) -> pb.ExecuteResponse:
@@ -334,6 +341,7 @@ class DeviceService:
                 await self._preparation.begin(device.reducer, operation.operator, operation.dtype, weighted=weighted)
         links = self._open_links(device, membership, request.links, flows)
         key = (device.device_id, request.commId)
+        self._waits.pop(key, None)
         _, last = self._unsettled.pop(key, (0, None))
         if last is not None:  # this is another round: that one has ended well everywhere
             last.forget()
@@ -342,6 +350,7 @@ class DeviceService:
         try:
             await execution.run(operations)
         except BaseException:
+            self._waits[key] = execution.waits.present()
             if undo is not None:
                 await undo.roll_back()
             raise
@@ -393,7 +402,11 @@ class DeviceService:
         return await load_shard(self._device(request.deviceId), request)
 
     async def Malloc(self, request: pb.MallocRequest, context: Any) -> pb.MallocResponse:
-        addr = self._device(request.deviceId.value).allocator.malloc(request.numBytes, request.commId)
+        allocator = self._device(request.deviceId.value).allocator
+        if request.HasField("at"):
+            addr = allocator.malloc_at(request.at, request.numBytes, request.commId)
+        else:
+            addr = allocator.malloc(request.numBytes, request.commId)
         return pb.MallocResponse(memAddr=pb.MemAddr(value=addr))
 
     async def Free(self, request: pb.FreeRequest, context: Any) -> pb.FreeResponse:

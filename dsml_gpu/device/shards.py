@@ -79,6 +79,7 @@ async def load_shard(device: Device, request: pb.LoadShardRequest) -> pb.LoadSha
     for array, parts in wanted:
         device.arena.check(array.memAddr, sum(part.nbytes for part in parts))
     loaded = await in_thread(lambda: _load([parts for _, parts in wanted]))
+    failpoints.reach("shard.load", device=device.device_id)
     for (array, _), data in zip(wanted, loaded, strict=True):
         for start in range(0, data.nbytes, _COPY_BYTES):
             await device.arena.write(array.memAddr + start, data[start : start + _COPY_BYTES])

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from bisect import bisect_left, insort
+from bisect import bisect_left, bisect_right, insort
 from dataclasses import dataclass
 
 from dsml_gpu.errors import AllocationNotFound, InvalidValue, OutOfMemory
+from dsml_gpu.memory.arena import check_range
 
 #: As cudaMalloc: enough for any vector load.
 ALIGNMENT = 256
@@ -58,6 +59,26 @@ class Allocator:
         self._blocks[start] = _Block(nbytes, owner)
         insort(self._order, start)
         return start
+
+    def malloc_at(self, addr: int, nbytes: int, owner: int = 0) -> int:
+        """Allocates ``[addr, addr + nbytes)`` and nothing else; returns `addr`.
+
+        Raises:
+            AddressOutOfRange: it leaves the address range.
+            OutOfMemory: something is there.
+        """
+        if nbytes <= 0:
+            raise InvalidValue(f"an allocation must be at least 1 byte, not {nbytes}")
+        check_range(addr, nbytes, self._min_addr, self._max_addr)
+        for start in self._order[max(0, bisect_right(self._order, addr) - 1) :]:
+            end = start + self._blocks[start].nbytes
+            if start >= addr + nbytes:
+                break
+            if end > addr:
+                raise OutOfMemory(f"{nbytes} bytes at {addr:#x} are not free: {start:#x} to {end:#x} is allocated")
+        self._blocks[addr] = _Block(nbytes, owner)
+        insort(self._order, addr)
+        return addr
 
     def free(self, addr: int, owner: int = 0) -> None:
         """Gives a block back.

@@ -13,6 +13,7 @@ from dsml_gpu.checkpoints.shards import check_header, checked_bytes
 from dsml_gpu.coordinator.checkpoints import Checkpoints
 from dsml_gpu.coordinator.device_handle import DeviceHandle
 from dsml_gpu.coordinator.embedded import DeviceService, EmbeddedDevices, TransferSettings
+from dsml_gpu.coordinator.epochs import Epoch
 from dsml_gpu.memory.backend import NUMPY
 from dsml_gpu.wire import gpu_sim_pb2 as pb
 
@@ -31,6 +32,7 @@ class Rig:
 
     def __init__(self, counts: dict[str, int] | None = None) -> None:
         self.comm_id = 1
+        self.epoch = Epoch(1, tuple(range(NRANKS)))
         self.counts = COUNTS if counts is None else counts
         self._service = DeviceService("127.0.0.1:1", TransferSettings())
         embedded = EmbeddedDevices(self._service, NRANKS, 64 << 20, (NUMPY,))

@@ -10,6 +10,7 @@ import pytest
 from dsml_gpu.checkpoints.folders import folder_at
 from dsml_gpu.checkpoints.manifest import read_manifest
 from dsml_gpu.coordinator import checkpoints
+from dsml_gpu.coordinator.checkpoints import LastCheckpoint
 from dsml_gpu.errors import CheckpointDamaged
 from tests.checkpoints.flipped_bits import is_unchanged
 from tests.checkpoints.rig import Rig
@@ -43,8 +44,8 @@ async def test_a_url_has_its_checkpoints_in_order_and_nothing_is_kept_of_those_t
         await rig.write(number)
         assert (await rig.checkpoint(f"{tmp_path}/"))[-1].complete
     made = rig._checkpoints
-    assert made.last_url(rig.comm_id) == str(tmp_path)
+    assert made.last(rig.comm_id) == LastCheckpoint(str(tmp_path), rig.epoch.seats)
     assert (made._generations, made._ends) == ({}, {})
     made.forget(rig.comm_id)
-    assert made.last_url(rig.comm_id) is None
+    assert made.last(rig.comm_id) is None
     await rig.close()

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dsml_gpu.errors import AllocationNotFound, InvalidValue, OutOfMemory
+from dsml_gpu.errors import AddressOutOfRange, AllocationNotFound, InvalidValue, OutOfMemory
 from dsml_gpu.memory.allocator import ALIGNMENT, Allocator
 
 
@@ -71,3 +71,21 @@ def test_bad_requests() -> None:
     allocator.free(addr)
     with pytest.raises(AllocationNotFound):
         allocator.free(addr)
+
+
+def test_an_allocation_at_an_address_is_there_or_refused() -> None:
+    allocator = Allocator(64, 4096)
+    assert allocator.malloc_at(1000, 24) == 1000
+    for addr, nbytes in ((1000, 24), (1023, 1), (900, 101), (0x50, 4000)):
+        with pytest.raises(OutOfMemory, match=r"are not free: 0x3e8 to 0x400 is allocated"):
+            allocator.malloc_at(addr, nbytes)
+    assert allocator.malloc_at(1024, 8) == 1024
+    assert allocator.malloc_at(900, 100, owner=7) == 900
+    assert allocator.malloc(700) == 0x500, "between 256 and 900 there is not enough"
+    for addr, nbytes in ((63, 8), (4090, 7), (2**64 - 1, 8)):
+        with pytest.raises(AddressOutOfRange):
+            allocator.malloc_at(addr, nbytes)
+    with pytest.raises(InvalidValue, match="at least 1 byte, not 0"):
+        allocator.malloc_at(2048, 0)
+    allocator.free_all(7)
+    assert allocator.malloc_at(900, 100) == 900
