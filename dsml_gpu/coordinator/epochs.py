@@ -40,6 +40,8 @@ class Epochs:
         self._known = {epoch.number: epoch for epoch in epochs}
         self._first = min(self._known)
         self.present = self._known[max(self._known)]
+        #: Answers of `kept` so far, each of which is asked for again and again.
+        self._kept: dict[Epoch, tuple[int, ...]] = {}
 
     @property
     def next_seat(self) -> int:
@@ -49,6 +51,7 @@ class Epochs:
     def begin(self, seats: Iterable[int]) -> Epoch:
         """The next epoch."""
         self.present = Epoch(self.present.number + 1, tuple(seats))
+        self._kept.clear()
         self._known[self.present.number] = self.present
         return self.present
 
@@ -66,6 +69,9 @@ class Epochs:
             RanksLost: none is left.
             InvalidValue: others have come since, which it does not know.
         """
+        known = self._kept.get(epoch)
+        if known is not None:
+            return known
         kept = tuple(rank for rank, seat in enumerate(epoch.seats) if seat in self.present.seats)
         if len(kept) < self.present.nranks:
             raise InvalidValue(
@@ -74,4 +80,5 @@ class Epochs:
             )
         if not kept:
             raise RanksLost(f"all {epoch.nranks} ranks of epoch {epoch.number} are lost")
+        self._kept[epoch] = kept
         return kept

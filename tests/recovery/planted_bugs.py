@@ -47,8 +47,8 @@ BUGS = (
     Bug(
         "rollback is left out",
         "device/undo.py",
-        "        while self._kept:\n            kept = self._kept.pop()\n            self._spare.memory.copy(",
-        "        while self._kept:\n            kept = self._kept.pop()\n            continue\n            self._spare.memory.copy(",
+        "            self._spare.memory.copy(kept.place, kept.content)\n",
+        "            pass\n",
         ("tests/servers/test_atomic.py", "-k", "dies_in_each_phase"),
     ),
     Bug(
