@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from contextlib import suppress
 from typing import Any, Protocol
 
 import grpc
 
-from dsml_gpu.errors import MessageTooLarge, NoAnswer, OperationTimeout
+from dsml_gpu.errors import MessageTooLarge, NoAnswer, OperationTimeout, Unavailable
 from dsml_gpu.wire import gpu_sim_pb2 as pb
 from dsml_gpu.wire.codec import Chunk
 from dsml_gpu.wire.lane import Lane, open_lane
@@ -44,8 +45,12 @@ class DeviceConnection(Protocol):
     async def write(self, chunks: AsyncIterator[Chunk]) -> pb.StreamHostToDeviceResponse:
         """StreamHostToDevice; an exception of `chunks` ends it and is raised."""
 
-    def read(self, request: pb.StreamDeviceToHostRequest) -> AsyncGenerator[Chunk, None]:
-        """StreamDeviceToHost."""
+    def read(self, request: pb.StreamDeviceToHostRequest, loss: asyncio.Future[str]) -> AsyncGenerator[Chunk, None]:
+        """StreamDeviceToHost.
+
+        Args:
+            loss: gets the reason when the device is lost, which ends it with Unavailable.
+        """
 
     def stream(self, method: str, request: Any) -> AsyncGenerator[Any, None]:
         """One RPC of GPUDevice that is answered by a stream of messages; without a limit of its own."""
@@ -108,13 +113,18 @@ class RemoteConnection:
             raise
         return response
 
-    async def read(self, request: pb.StreamDeviceToHostRequest) -> AsyncGenerator[Chunk, None]:
+    async def read(self, request: pb.StreamDeviceToHostRequest, loss: asyncio.Future[str]) -> AsyncGenerator[Chunk, None]:
         call = self._stub.StreamDeviceToHost(request)
+        loss.add_done_callback(lambda _: call.cancel())
         try:
             while (chunk := await self._in_time(call.read())) is not grpc.aio.EOF:
                 yield chunk
         except grpc.RpcError as failure:
             raise error_of(failure) from None
+        except asyncio.CancelledError:  # what a call raises that was cancelled here
+            if not loss.done():
+                raise
+            raise Unavailable(loss.result()) from None
         finally:
             call.cancel()
 

@@ -292,9 +292,14 @@ class DeviceHandle:
         request = pb.StreamDeviceToHostRequest(
             deviceId=self.metadata.deviceId, memAddr=pb.MemAddr(value=addr), numBytes=nbytes
         )
-        with self._named_errors():
-            async for chunk in self._connection.read(request):
-                yield chunk
+        loss = self.until_lost()
+        try:
+            with self._named_errors():
+                async with aclosing(self._connection.read(request, loss)) as chunks:
+                    async for chunk in chunks:
+                        yield chunk
+        finally:
+            loss.cancel()
 
     async def stream(self, method: str, request: Any, stall_timeout_s: float) -> AsyncGenerator[Any, None]:
         """One RPC to the device that is answered by a stream of messages. Errors as `call`, and:

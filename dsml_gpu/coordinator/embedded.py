@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import itertools
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable, Sequence
 from typing import Any
@@ -96,7 +97,7 @@ class _LocalConnection:
     async def write(self, chunks: AsyncIterator[Chunk]) -> pb.StreamHostToDeviceResponse:
         return await self._service.StreamHostToDevice(chunks, None)
 
-    def read(self, request: pb.StreamDeviceToHostRequest) -> AsyncGenerator[Chunk, None]:
+    def read(self, request: pb.StreamDeviceToHostRequest, loss: asyncio.Future[str]) -> AsyncGenerator[Chunk, None]:
         return self._service.StreamDeviceToHost(request, None)
 
     def stream(self, method: str, request: Any) -> AsyncGenerator[Any, None]:

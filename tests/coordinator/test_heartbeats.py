@@ -364,7 +364,7 @@ class FakeConnection:
     def write(self, chunks: Any) -> Any:
         raise AssertionError
 
-    def read(self, request: Any) -> Any:
+    def read(self, request: Any, loss: Any) -> Any:
         raise AssertionError
 
     def stream(self, method: str, request: Any) -> Any:

@@ -59,7 +59,7 @@ class FakeServer:
     def write(self, chunks: Any) -> Any:
         raise AssertionError
 
-    def read(self, request: Any) -> Any:
+    def read(self, request: Any, loss: Any) -> Any:
         raise AssertionError
 
     def stream(self, method: str, request: Any) -> Any:
