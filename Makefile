@@ -14,6 +14,13 @@ PYTHON ?= python3 python3.13 python3.12 python3.11 python3.10 python
 # Passed on: make test PYTEST_ARGS='-k ring -x', make demo DEMO_ARGS='--epochs 1'
 PYTEST_ARGS ?=
 DEMO_ARGS ?=
+# Processes that run the tests of `make test` side by side: make test WORKERS=8, or WORKERS=0 for none beside pytest itself.
+# A file's tests stay together, because they share servers.
+WORKERS ?= 2
+BESIDE := -n $(WORKERS) --dist loadfile --no-loadscope-reorder
+TESTS := not slow and not gpu
+# Tests start servers by the hundred, and each would compile the package anew where bytecode is not kept.
+export PYTHONDONTWRITEBYTECODE =
 
 .PHONY: help venv demo test lint types imports test-slow test-gpu bench stubs clean
 
@@ -62,8 +69,13 @@ $(STAMP): pyproject.toml
 demo: $(STAMP)
 	$(BIN)/dsml-gpu demo $(DEMO_ARGS)
 
+# Most tests side by side, then those that measure time one by one. Status 5: PYTEST_ARGS leave none of them to run.
 test: lint types imports
-	$(BIN)/python -m pytest -m 'not slow and not gpu' $(PYTEST_ARGS)
+	@set -u; beside=0; alone=0; \
+	$(BIN)/python -m pytest $(BESIDE) -m '$(TESTS) and not alone' $(PYTEST_ARGS) || beside=$$?; \
+	case $$beside in 0|1|5) ;; *) exit $$beside ;; esac; \
+	$(BIN)/python -m pytest -m '$(TESTS) and alone' $(PYTEST_ARGS) || alone=$$?; \
+	case $$beside$$alone in 00|05|50) ;; *) exit 1 ;; esac
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

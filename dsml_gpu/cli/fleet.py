@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from types import TracebackType
+from typing import IO
 
 from dsml_gpu.memory.backend import BackendUnavailable, select_backends
 
@@ -19,13 +20,16 @@ class ServerDidNotStart(RuntimeError):
 
 
 class ServerProcess:
-    """One ``dsml-gpu`` server, started with ``--port 0``.
+    """One ``dsml-gpu`` server.
 
     It stops with `stop`, with its ``with`` block, and with the process that started it, however that one ends.
 
     Args:
         arguments: of the command, for example ``"device", "--id", "1"``.
         wait: return when it is ready; otherwise at once, and `wait_until_ready` must be called.
+        port: to listen on; 0: a free one.
+        module: that Python runs as the command.
+        errors: takes its error output; None: ours does.
 
     Attributes:
         process: the process.
@@ -39,12 +43,20 @@ class ServerProcess:
     address: str
     ready_line: str
 
-    def __init__(self, *arguments: str, wait: bool = True) -> None:
+    def __init__(
+        self,
+        *arguments: str,
+        wait: bool = True,
+        port: int = 0,
+        module: str = "dsml_gpu",
+        errors: IO[bytes] | None = None,
+    ) -> None:
         self._arguments = arguments
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "dsml_gpu", *arguments, "--port", "0", "--until-stdin-closes"],
+            [sys.executable, "-m", module, *arguments, "--port", str(port), "--until-stdin-closes"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
+            stderr=errors,
             text=True,
             start_new_session=True,  # Ctrl-C is for the one who started it, who then ends it in order
         )
@@ -72,6 +84,11 @@ class ServerProcess:
         except subprocess.TimeoutExpired:
             self.process.kill()
             return self.process.wait()
+
+    def kill(self) -> None:
+        """Ends it as ``kill -9`` does; it is gone when this returns. Idempotent."""
+        self.process.kill()
+        self.process.wait()
 
     def __enter__(self) -> ServerProcess:
         return self

@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from dsml_gpu.cli.chaos import app as chaos_app
 from dsml_gpu.cli.units import parse_bandwidth, parse_duration, parse_size
 
 app = typer.Typer(
@@ -78,6 +79,15 @@ ShareMemory = Annotated[
     typer.Option(
         "--share-memory/--no-share-memory",
         help="Let processes of the same user on this host open the devices' memory, which is the fastest transport (p2p).",
+    ),
+]
+Compile = Annotated[
+    bool,
+    typer.Option(
+        "--compile/--no-compile",
+        envvar="DSML_GPU_COMPILE",
+        help="Compile reductions in host memory where numba is installed. The first one takes a second of one core, which "
+        "small collectives do not earn back soon.",
     ),
 ]
 MetricsPort = Annotated[int | None, typer.Option(metavar="PORT", help="Serve Prometheus metrics on this port.")]
@@ -160,6 +170,7 @@ def device(
             "0.0.0.0 the address from which it reaches the coordinator.",
         ),
     ] = "",
+    compile_reductions: Compile = True,
     metrics_port: MetricsPort = None,
     failpoints: Failpoints = None,
     failpoint_log: FailpointLog = None,
@@ -171,6 +182,7 @@ def device(
     from dsml_gpu.device.server import DeviceConfig, DeviceServer
 
     serve.set_up_logging(verbose)
+    serve.set_up_reductions(compile_reductions)
     serve.order_failpoints(failpoints or (), failpoint_log)
     backends, why = serve.backends_or_exit(backend, gpus or ())
     config = serve.config_or_exit(
@@ -260,6 +272,7 @@ def coordinator(
             "Default: it forgets all.",
         ),
     ] = None,
+    compile_reductions: Compile = True,
     metrics_port: MetricsPort = None,
     failpoints: Failpoints = None,
     failpoint_log: FailpointLog = None,
@@ -272,6 +285,7 @@ def coordinator(
     from dsml_gpu.coordinator.service import CoordinatorSettings
 
     serve.set_up_logging(verbose)
+    serve.set_up_reductions(compile_reductions)
     serve.order_failpoints(failpoints or (), failpoint_log)
     backends, why = serve.backends_or_exit(backend, gpus or ())
     config = serve.config_or_exit(
@@ -527,6 +541,8 @@ def draw(
         )
     )
 
+
+app.add_typer(chaos_app, name="chaos")
 
 kernels_app = typer.Typer(help="The CUDA kernels that reduce.", no_args_is_help=True)
 app.add_typer(kernels_app, name="kernels")

@@ -12,24 +12,27 @@ import sys
 import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NoReturn, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, NoReturn, Protocol, TypeVar
 
 import typer
 
 from dsml_gpu import failpoints
 from dsml_gpu.cli.units import format_bandwidth, format_duration, format_size
-from dsml_gpu.coordinator.heartbeats import Detection
-from dsml_gpu.coordinator.server import CoordinatorServer
-from dsml_gpu.device.server import DeviceServer
 from dsml_gpu.device.service import TransferSettings
 from dsml_gpu.errors import DsmlError
 from dsml_gpu.memory.arena import MIN_ARENA_BYTES
 from dsml_gpu.memory.backend import Backend, BackendUnavailable, select_backends
+from dsml_gpu.reduction import use_numpy_only
 from dsml_gpu.schedules.cost_model import DEFAULT_COST_MODEL, CostModel
 from dsml_gpu.transport.emulation import LinkSettings
 from dsml_gpu.wire import gpu_sim_pb2 as pb
 from dsml_gpu.wire.server import PortInUse, RpcServer
 from dsml_gpu.wire.trim import keep_freed_memory
+
+if TYPE_CHECKING:  # a device server starts sooner without the coordinator's modules
+    from dsml_gpu.coordinator.heartbeats import Detection
+    from dsml_gpu.coordinator.server import CoordinatorServer
+    from dsml_gpu.device.server import DeviceServer
 
 #: Numbers of ``enum Transport`` by name.
 TRANSPORTS: dict[str, int] = dict(pb.Transport.items())
@@ -180,6 +183,12 @@ def set_up_logging(verbose: bool) -> None:
     logging.getLogger("dsml_gpu.reduction").setLevel(logging.INFO)
 
 
+def set_up_reductions(compiles: bool) -> None:
+    """Whether those in host memory may be compiled."""
+    if not compiles:
+        use_numpy_only()
+
+
 def order_failpoints(texts: Sequence[str], log: Path | None) -> None:
     """Orders faults of this process; see `failpoints.parse`."""
     for text in texts:
@@ -235,6 +244,8 @@ def detection_or_exit(interval_s: float, dead_after_s: float, failed_requests: s
     Args:
         failed_requests: ``"3/5"``: 3 of the last 5.
     """
+    from dsml_gpu.coordinator.heartbeats import Detection
+
     match = re.fullmatch(r"(\d+)/(\d+)", failed_requests)
     if match is None:
         fail(f"--failed-requests must be X/Y, for example 3/5, not {failed_requests!r}")

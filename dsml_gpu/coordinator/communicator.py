@@ -3,21 +3,27 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol, cast
 
+from dsml_gpu import failpoints
 from dsml_gpu.coordinator import plan
 from dsml_gpu.coordinator.call import CollectiveCall
 from dsml_gpu.coordinator.choice import Chooser
+from dsml_gpu.coordinator.commits import Commits, Progress
 from dsml_gpu.coordinator.control_round import cancel
 from dsml_gpu.coordinator.device_handle import DeviceHandle
+from dsml_gpu.coordinator.diagnosis import HeldUp, HeldUpByLost
 from dsml_gpu.coordinator.epochs import Epoch, Epochs
 from dsml_gpu.coordinator.order import Turn
 from dsml_gpu.coordinator.ranks import Planned, Ranks, RunSettings
+from dsml_gpu.coordinator.records import Begun
 from dsml_gpu.coordinator.replacement import Place, reads_of
+from dsml_gpu.coordinator.resume import Past
 from dsml_gpu.coordinator.shrink import without_lost
 from dsml_gpu.errors import CommNotReady, DsmlError, GroupMisuse, OutOfDevices, PeerUnavailable
 from dsml_gpu.observe import metrics
@@ -43,10 +49,11 @@ class Keeper(Protocol):
 
 
 class _Asked(NamedTuple):
-    """A call, in the numbering of an epoch."""
+    """A call, in the numbering of an epoch, and its own number in the communicator, from 1."""
 
     call: CollectiveCall
     epoch: Epoch
+    number: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +76,8 @@ class Communicator:
         chooser: chooses algorithms.
         on_failure: number of ``enum OnFailure``, not 0.
         keeper: hears of new epochs before they are used.
+        commits: hear of rounds that have ended well before they are made irrevocable.
+        past: what it was with the coordinator before; None: it is new.
     """
 
     def __init__(
@@ -79,21 +88,25 @@ class Communicator:
         settings: RunSettings,
         on_failure: int,
         keeper: Keeper,
+        commits: Commits,
+        past: Past | None = None,
     ) -> None:
         self.comm_id = comm_id
         self.on_failure = on_failure
         self._chooser = chooser
         self._settings = settings
         self._keeper = keeper
-        self._epochs = Epochs([Epoch(1, tuple(range(len(handles))))])
-        self._ranks = Ranks(comm_id, 1, handles, chooser, settings)
+        self._commits = commits
+        self._epochs = Epochs([Epoch(1, tuple(range(len(handles))))] if past is None else past.epochs)
+        uids = None if past is None else past.process_uids
+        self._ranks = Ranks(comm_id, self._epochs.present.number, handles, chooser, settings, uids)
         #: Why it takes no more operations; empty: it does.
         self._broken = ""
         self._group: list[_Asked] | None = None
-        self._finalized = False
+        self._numbers = itertools.count(1)
+        self._finalized = past is not None and past.finalized
         self._running: set[asyncio.Task[Any]] = set()
-        self._last_status: pb.Status = pb.IN_PROGRESS
-        self._last_message = ""
+        self._last_status, self._last_message = (pb.IN_PROGRESS, "") if past is None else past.status
 
     @property
     def handles(self) -> tuple[DeviceHandle, ...]:
@@ -128,6 +141,21 @@ class Communicator:
             DsmlError: what a device refuses with.
         """
         await self._ranks.join()
+
+    async def finish(self, begun: Begun) -> bool:
+        """Brings a round of passes to its end that the coordinator before may have begun; returns whether it has happened.
+
+        To be called before anything else.
+        """
+        try:
+            has_happened = await self._ranks.finish([pb.ExecuteRequest.FromString(one) for one in begun.requests])
+        except DsmlError as error:
+            log.error("communicator %d: what runs over shared memory was left unfinished: %s", self.comm_id, error)
+            return False
+        if has_happened:
+            devices, epoch = self._ranks.device_ids, self.epoch.number
+            self._commits.finish(begun, pb.CollectiveResult(transports=[pb.P2P], deviceIds=devices, epoch=epoch))
+        return has_happened
 
     async def leave(self) -> None:
         """Tells every device that the communicator is over."""
@@ -186,6 +214,7 @@ class Communicator:
         if call.own_schedule:
             self._require_open()  # the proof took its time
         self._ranks.require_links(self._in_present(asked))
+        asked = asked._replace(number=next(self._numbers))
         if self._group is not None:
             self._group.append(asked)
             return None
@@ -293,10 +322,25 @@ class Communicator:
         """The ranks that an error comes from, if it comes from ranks that are gone."""
         if error.code in _REFUSALS:
             return []
+        held_up = error if isinstance(error, HeldUp) else None
+        if held_up is not None and held_up.rank is not None and held_up.is_silent:
+            self.handles[held_up.rank].give_up(held_up.why)
         silent = await self._ranks.probe()
         for rank in silent:
             self.handles[rank].give_up("does not answer")
-        return sorted({*silent, *self._ranks.gone()})
+        gone = {*silent, *self._ranks.gone()}
+        if (
+            not gone
+            and held_up is not None
+            and held_up.rank is not None
+            # What is only slow is waited for much shorter.
+            and 2 * held_up.waited_ms >= self._settings.stall_timeout_ms
+            and self.on_failure != pb.FAIL
+        ):
+            # It answers here, but the others do not get what it sends, or it does not take what they do.
+            self.handles[held_up.rank].give_up(held_up.why)
+            gone.add(held_up.rank)
+        return sorted(gone)
 
     async def _go_on_after(self, gone: Sequence[int], remaining: Sequence[_Asked]) -> list[pb.LostDevice]:
         """Goes on as `on_failure` says when ranks are gone; returns who that is.
@@ -372,18 +416,28 @@ class Communicator:
         what = str(calls[0]) if len(calls) == 1 else f"a group of {len(calls)} operations"
         done: list[_Done] = []
         lost: list[pb.LostDevice] = []
+        progress = self._commits.begin(self.comm_id)
+        started_ns = time.perf_counter_ns()
+
+        def record(number: int, ncalls: int) -> None:
+            elapsed_ns = time.perf_counter_ns() - started_ns
+            progress.record(number, progress.calls + ncalls, lambda: _result(done, lost, elapsed_ns))
+
         try:
             async with turn:
                 started_ns = time.perf_counter_ns()
-                await self._run_all(asked, done, lost)
+                await self._run_all(asked[progress.calls :], done, lost, progress, record)
                 elapsed_ns = time.perf_counter_ns() - started_ns
         except asyncio.CancelledError:
             self._last_status, self._last_message = pb.FAILED, f"{what}: cancelled by the caller"
             raise
         except DsmlError as error:
-            named = type(error)(f"{what}: {error}")
+            is_named = isinstance(error, (HeldUp, HeldUpByLost))
+            named = error if is_named else type(error)(f"{what}: {error}")
             self._last_status, self._last_message = pb.FAILED, str(named)
             metrics.count_operations(calls, failed=True)
+            if is_named:
+                raise
             raise named from error
         except Exception as error:
             self._last_status, self._last_message = pb.FAILED, f"{what}: defect of the server: {error!r}"
@@ -393,16 +447,30 @@ class Communicator:
         metrics.count_operations(
             [part for one in done for each in one.planned for part in each.parts], elapsed_s=elapsed_ns / 1e9
         )
-        return _result(done, lost, elapsed_ns)
+        return progress.total((lambda: _result(done, lost, elapsed_ns)) if done else None)
 
-    async def _run_all(self, asked: Sequence[_Asked], done: list[_Done], lost: list[pb.LostDevice]) -> None:
+    async def _run_all(
+        self,
+        asked: Sequence[_Asked],
+        done: list[_Done],
+        lost: list[pb.LostDevice],
+        progress: Progress,
+        record: Callable[[int, int], None],
+    ) -> None:
         """Runs calls in order, again and again on those that are left where devices die; each loss costs a rank.
 
         Args:
             done: gets what has ended well.
             lost: gets the devices that were left behind.
+            progress: of the operation; these are the calls that no earlier try has done.
+            record: gets the number of each round that has ended well, and how many calls have in all.
         """
         remaining = list(asked)
+
+        def begin(ncalls: int, requests: Iterable[pb.ExecuteRequest]) -> None:
+            progress.begin(progress.calls + len(asked) - len(remaining) + ncalls, requests)
+            failpoints.reach("round.begun")
+
         while remaining:
             self._require_whole()
             gone = self._ranks.gone()
@@ -411,18 +479,26 @@ class Communicator:
             ranks = self._ranks
             try:
                 planned = await ranks.plan([self._in_present(one) for one in remaining])
-                async for some, moved in ranks.run(planned):
+                async for some, moved in ranks.run(planned, [one.number for one in remaining], begin):
+                    failpoints.reach("round.done")
                     done.append(_Done(ranks, some, moved))
                     del remaining[: sum(len(one.parts) for one in some)]
+                    record(ranks.last_round, len(asked) - len(remaining))
+                    failpoints.reach("round.recorded")
             except DsmlError as error:
                 gone = await self._gone_after(error)
                 if not gone:
                     raise
-                if not self._settings.atomic:
-                    # What is in the buffers is not what was there before: there is nothing to run it on again.
-                    self._go_on_without(gone)
+                try:
+                    if not self._settings.atomic:
+                        # What is in the buffers is not what was there before: there is nothing to run it on again.
+                        self._go_on_without(gone)
+                        raise
+                    lost += await self._go_on_after(gone, remaining)
+                except PeerUnavailable as end:
+                    if isinstance(error, HeldUp) and self.on_failure == pb.FAIL:
+                        raise HeldUpByLost(str(error)) from end
                     raise
-                lost += await self._go_on_after(gone, remaining)
 
 
 def _named(lost: Sequence[pb.LostDevice]) -> str:

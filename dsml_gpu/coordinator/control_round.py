@@ -6,9 +6,12 @@ import asyncio
 import logging
 import sys
 from collections.abc import Mapping, Sequence
-from typing import Any, Protocol
+from dataclasses import dataclass, field
+from typing import Any, Protocol, cast
 
+from dsml_gpu import failpoints
 from dsml_gpu.coordinator.device_handle import DeviceHandle
+from dsml_gpu.coordinator.diagnosis import WaitsByRank
 from dsml_gpu.errors import CommNotFound, DsmlError, OperationAborted, OperationTimeout, PeerUnavailable
 from dsml_gpu.wire import gpu_sim_pb2 as pb
 
@@ -19,6 +22,31 @@ _SETTLE_TIMEOUT_S = 5.0
 #: After one rank has failed the others are given so long to say why, before they are cancelled: the first to answer is
 #: often a peer of the one that knows.
 _EXPLANATION_S = 0.5
+
+
+@dataclass(frozen=True, slots=True)
+class Answers:
+    """What ranks said when they were told to end a round.
+
+    Attributes:
+        waits: what each that answered waited for, as its own program counts.
+        silent: those that did not answer.
+    """
+
+    waits: WaitsByRank = field(default_factory=dict)
+    silent: frozenset[int] = frozenset()
+
+
+class RoundTimeout(OperationTimeout):
+    """A round in which nothing moved, or that took too long.
+
+    Args:
+        answers: of its ranks, when they had ended it.
+    """
+
+    def __init__(self, message: str, answers: Answers) -> None:
+        super().__init__(message)
+        self.answers = answers
 
 
 class Fence(Protocol):
@@ -46,15 +74,19 @@ async def run_round(
         fence: used where the round fails or is cancelled, on the ranks with passes that did not answer.
 
     Raises:
+        RoundTimeout: ranks with operations came to a standstill, or were not done in time.
         DsmlError: of all that ranks failed with, what happened first; what followed from it last.
     """
-    tasks = {rank: asyncio.ensure_future(_execute(rank, handles[rank], request)) for rank, request in requests.items()}
+    failpoints.reach("round.begin")
+    answers = Answers()
+    late: OperationTimeout | None = None
+    tasks = {rank: asyncio.ensure_future(execute(rank, handles[rank], request)) for rank, request in requests.items()}
     try:
         _, unfinished = await asyncio.wait(tasks.values(), timeout=timeout_s, return_when=asyncio.FIRST_EXCEPTION)
         if unfinished and not any(task.done() and task.exception() for task in tasks.values()):
             waits = [f"rank {rank} ({handles[rank]})" for rank, task in tasks.items() if task in unfinished]
-            raise OperationTimeout(f"{', '.join(waits)} not done after {timeout_s:g} s")
-        if unfinished:
+            late = OperationTimeout(f"{', '.join(waits)} not done after {timeout_s:g} s")
+        elif unfinished:
             await asyncio.wait(unfinished, timeout=_EXPLANATION_S)
     finally:
         await cancel(list(tasks.values()))
@@ -63,14 +95,23 @@ async def run_round(
             comm_id = requests[failed[0]].commId
             await asyncio.shield(fence.fence(comm_id, handles, failed))
         if any(task.cancelled() or task.exception() for task in tasks.values()):
-            await asyncio.shield(settle(handles, requests, pb.QuiesceRequest.ROLL_BACK))
-    errors = [task.exception() for task in tasks.values() if not task.cancelled() and task.exception()]
-    if errors:
-        raise min((error for error in errors if error is not None), key=_vagueness)
-    return sum(task.result() for task in tasks.values())
+            answers = await asyncio.shield(settle(handles, requests, pb.QuiesceRequest.ROLL_BACK))
+    failures = [error for task in tasks.values() if not task.cancelled() and (error := task.exception()) is not None]
+    error = late or min(failures, key=_vagueness, default=None)
+    if error is not None:
+        if isinstance(error, OperationTimeout) and any(request.operations for request in requests.values()):
+            raise RoundTimeout(str(error), await _ask(handles, requests, answers)) from error
+        raise error
+    return sum(task.result().bytesSent for task in tasks.values())
 
 
-async def _execute(rank: int, handle: DeviceHandle, request: pb.ExecuteRequest) -> int:
+async def execute(rank: int, handle: DeviceHandle, request: pb.ExecuteRequest) -> pb.ExecuteResponse:
+    """One rank's part of a round.
+
+    Raises:
+        PeerUnavailable: the device is lost, before or meanwhile.
+        DsmlError: what it fails with.
+    """
     task, loss = asyncio.current_task(), handle.until_lost()
     assert task is not None
     loss.add_done_callback(lambda ended: ended.cancelled() or task.cancel())
@@ -88,26 +129,44 @@ async def _execute(rank: int, handle: DeviceHandle, request: pb.ExecuteRequest) 
         raise type(error)(f"rank {rank} ({handle}): {error}") from error
     finally:
         loss.cancel()
-    return int(response.bytesSent)
+    return cast("pb.ExecuteResponse", response)
 
 
 async def settle(
     handles: Sequence[DeviceHandle], requests: Mapping[int, pb.ExecuteRequest], settlement: pb.QuiesceRequest.Settlement
-) -> None:
-    """Tells all ranks of an atomic round what becomes of what it wrote; returns when they have done it, or are gone."""
+) -> Answers:
+    """Tells all ranks of an atomic round what becomes of what it wrote; returns when they have done it, or are gone.
 
-    async def tell(handle: DeviceHandle, request: pb.ExecuteRequest) -> None:
+    Ranks of other rounds are not asked.
+    """
+    return await _quiesce(handles, {rank: request for rank, request in requests.items() if request.round}, settlement)
+
+
+async def _ask(handles: Sequence[DeviceHandle], requests: Mapping[int, pb.ExecuteRequest], known: Answers) -> Answers:
+    """What the ranks of a round that has ended waited for, also where there was nothing to settle."""
+    rest = {rank: request for rank, request in requests.items() if not request.round}
+    more = await _quiesce(handles, rest, pb.QuiesceRequest.UNSETTLED)
+    return Answers({**known.waits, **more.waits}, known.silent | more.silent)
+
+
+async def _quiesce(
+    handles: Sequence[DeviceHandle], requests: Mapping[int, pb.ExecuteRequest], settlement: pb.QuiesceRequest.Settlement
+) -> Answers:
+    waits: dict[int, Sequence[pb.Wait]] = {}
+
+    async def tell(rank: int, request: pb.ExecuteRequest) -> None:
         message = pb.QuiesceRequest(
             commId=request.commId, deviceId=request.deviceId, round=request.round, settlement=settlement
         )
         try:
-            await handle.call("Quiesce", message, _SETTLE_TIMEOUT_S)
+            waits[rank] = (await handles[rank].call("Quiesce", message, _SETTLE_TIMEOUT_S)).waits
         except DsmlError as error:
             # Who has not heard of a COMMIT hears of the next operation, or of the communicator's end.
-            level = logging.DEBUG if settlement == pb.QuiesceRequest.COMMIT else logging.WARNING
-            log.log(level, "%s has not settled its last operation: %s", handle, error)
+            level = logging.WARNING if settlement == pb.QuiesceRequest.ROLL_BACK else logging.DEBUG
+            log.log(level, "%s has not settled its last operation: %s", handles[rank], error)
 
-    await asyncio.gather(*(tell(handles[rank], request) for rank, request in requests.items() if request.round))
+    await asyncio.gather(*(tell(rank, request) for rank, request in requests.items()))
+    return Answers(waits, frozenset(requests.keys() - waits.keys()))
 
 
 def lost_communicator(rank: int, handle: DeviceHandle) -> PeerUnavailable:

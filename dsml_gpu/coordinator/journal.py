@@ -9,6 +9,7 @@ from typing import Any, Protocol
 
 from dsml_gpu.coordinator.records import (
     MAX_OUTCOMES,
+    Begun,
     KnownCommunicator,
     KnownServer,
     Membership,
@@ -25,7 +26,13 @@ class JournalUnusable(FailedPrecondition):
 
 
 class Journal(Protocol):
-    """What a coordinator must not forget. All calls come from one thread; they raise InternalError where they fail."""
+    """What a coordinator must not forget. All calls come from one thread; they raise InternalError where they fail.
+
+    Attributes:
+        lasts: it outlives its process.
+    """
+
+    lasts: bool
 
     def load(self) -> Recovered:
         """All that is known."""
@@ -39,21 +46,30 @@ class Journal(Protocol):
     def forget_server(self, address: str) -> None: ...
 
     def put_communicator(self, communicator: KnownCommunicator) -> None:
-        """Replaces what is known of the communicator, but for its memberships and its round."""
+        """Replaces what is known of the communicator, but for its memberships and its rounds."""
 
-    def change_communicator(self, comm_id: int, *, finalized: bool | None = None, checkpoint: str | None = None) -> None:
-        """Changes what is not None. Without effect where the communicator is not known."""
+    def change_communicator(
+        self, comm_id: int, *, finalized: bool | None = None, checkpoint: tuple[str, tuple[int, ...]] | None = None
+    ) -> None:
+        """Changes what is not None. Without effect where the communicator is not known.
+
+        Args:
+            checkpoint: URL and seats of the last one.
+        """
 
     def forget_communicator(self, comm_id: int) -> None:
-        """Forgets it, its memberships and its round. Outcomes stay."""
+        """Forgets it, its memberships and its rounds. Outcomes stay."""
 
     def put_membership(self, membership: Membership) -> None: ...
 
     def put_round(self, one_round: Round) -> None:
-        """The communicator's round in flight; replaces the one before."""
+        """Replaces the one of the same communicator and key."""
 
-    def settle_round(self, comm_id: int) -> None:
-        """The communicator has no round in flight (any more)."""
+    def forget_round(self, comm_id: int, key: str) -> None:
+        """Without effect where it is not known."""
+
+    def put_begun(self, begun: Begun) -> None:
+        """Replaces the one of the same communicator."""
 
     def put_outcome(self, outcome: Outcome) -> None:
         """Of many, those of the last `MAX_OUTCOMES` are kept."""
@@ -78,11 +94,14 @@ def open_journal(path: Path | None) -> Journal:
 class MemoryJournal:
     """A journal that ends with its process."""
 
+    lasts = False
+
     def __init__(self) -> None:
         self._servers: dict[str, KnownServer] = {}
         self._communicators: dict[int, KnownCommunicator] = {}
         self._memberships: dict[tuple[int, int], Membership] = {}
-        self._rounds: dict[int, Round] = {}
+        self._rounds: dict[tuple[int, str], Round] = {}
+        self._begun: dict[int, Begun] = {}
         self._outcomes: dict[str, Outcome] = {}
 
     def load(self) -> Recovered:
@@ -92,6 +111,7 @@ class MemoryJournal:
             tuple(self._memberships[key] for key in sorted(self._memberships)),
             tuple(self._rounds.values()),
             tuple(self._outcomes.values()),
+            tuple(self._begun[comm_id] for comm_id in sorted(self._begun)),
         )
 
     @contextmanager
@@ -107,24 +127,32 @@ class MemoryJournal:
     def put_communicator(self, communicator: KnownCommunicator) -> None:
         self._communicators[communicator.comm_id] = communicator
 
-    def change_communicator(self, comm_id: int, *, finalized: bool | None = None, checkpoint: str | None = None) -> None:
+    def change_communicator(
+        self, comm_id: int, *, finalized: bool | None = None, checkpoint: tuple[str, tuple[int, ...]] | None = None
+    ) -> None:
         if comm_id in self._communicators:
             self.put_communicator(changed(self._communicators[comm_id], finalized, checkpoint))
 
     def forget_communicator(self, comm_id: int) -> None:
         self._communicators.pop(comm_id, None)
-        self._rounds.pop(comm_id, None)
+        self._begun.pop(comm_id, None)
         for key in [key for key in self._memberships if key[0] == comm_id]:
             del self._memberships[key]
+        for key_of_round in [key for key in self._rounds if key[0] == comm_id]:
+            del self._rounds[key_of_round]
 
     def put_membership(self, membership: Membership) -> None:
         self._memberships[membership.comm_id, membership.epoch] = membership
 
     def put_round(self, one_round: Round) -> None:
-        self._rounds[one_round.comm_id] = one_round
+        self.forget_round(one_round.comm_id, one_round.key)
+        self._rounds[one_round.comm_id, one_round.key] = one_round
 
-    def settle_round(self, comm_id: int) -> None:
-        self._rounds.pop(comm_id, None)
+    def forget_round(self, comm_id: int, key: str) -> None:
+        self._rounds.pop((comm_id, key), None)
+
+    def put_begun(self, begun: Begun) -> None:
+        self._begun[begun.comm_id] = begun
 
     def put_outcome(self, outcome: Outcome) -> None:
         self._outcomes[outcome.key] = outcome

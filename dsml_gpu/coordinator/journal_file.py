@@ -12,6 +12,7 @@ log's content into the database now and then, which does wait for the disk.
 from __future__ import annotations
 
 import fcntl
+import logging
 import os
 import secrets
 import sqlite3
@@ -25,6 +26,7 @@ from typing import Any
 from dsml_gpu.coordinator.journal import JournalUnusable
 from dsml_gpu.coordinator.records import (
     MAX_OUTCOMES,
+    Begun,
     KnownCommunicator,
     KnownServer,
     Member,
@@ -37,8 +39,11 @@ from dsml_gpu.coordinator.records import (
 )
 from dsml_gpu.errors import InternalError
 
-#: Of the file's form. One that is newer than this is refused; what an older one needs will stand in `_opened`.
-VERSION = 1
+log = logging.getLogger(__name__)
+
+#: Of the file's form. One that is newer than this is refused; an older one becomes a present one (`_bring_up`).
+#: 1: nothing of seats, and no rounds. 2: both.
+VERSION = 2
 #: SQLite's application_id, by which a journal is told from other databases.
 _APPLICATION_ID = 0x64736D6C
 #: So many records are written before the log's content goes into the database.
@@ -46,16 +51,22 @@ _RECORDS_PER_CHECKPOINT = 1000
 #: Outcomes are deleted so many at a time.
 _OUTCOMES_PER_DELETION = 256
 
-_SCHEMA = """
-CREATE TABLE servers (address TEXT PRIMARY KEY, registered INTEGER, crc INTEGER);
+_COMMUNICATORS = """
 CREATE TABLE communicators (
-    comm_id INTEGER PRIMARY KEY, transport INTEGER, on_failure INTEGER, finalized INTEGER, checkpoint TEXT, crc INTEGER
+    comm_id INTEGER PRIMARY KEY, transport INTEGER, on_failure INTEGER, finalized INTEGER, checkpoint TEXT,
+    checkpoint_seats BLOB, crc INTEGER
 );
 CREATE TABLE memberships (comm_id INTEGER, epoch INTEGER, members BLOB, crc INTEGER, PRIMARY KEY (comm_id, epoch));
 CREATE TABLE rounds (
-    comm_id INTEGER PRIMARY KEY, number INTEGER, epoch INTEGER, committing INTEGER, requests BLOB, idempotency_key TEXT,
-    method TEXT, answer BLOB, crc INTEGER
+    position INTEGER PRIMARY KEY, comm_id INTEGER, idempotency_key TEXT, number INTEGER, calls INTEGER, passes INTEGER,
+    result BLOB, crc INTEGER, UNIQUE (comm_id, idempotency_key)
 );
+CREATE TABLE begun (
+    comm_id INTEGER PRIMARY KEY, idempotency_key TEXT, number INTEGER, calls INTEGER, requests BLOB, crc INTEGER
+);
+"""
+_SCHEMA = f"""{_COMMUNICATORS}
+CREATE TABLE servers (address TEXT PRIMARY KEY, registered INTEGER, crc INTEGER);
 CREATE TABLE outcomes (
     number INTEGER PRIMARY KEY, idempotency_key TEXT UNIQUE, comm_id INTEGER, method TEXT, answer BLOB, code TEXT,
     refusal TEXT, message TEXT, crc INTEGER
@@ -65,6 +76,8 @@ CREATE TABLE outcomes (
 
 class FileJournal:
     """A journal in a file of SQLite, for one coordinator at a time. See `open_journal`."""
+
+    lasts = True
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -79,9 +92,10 @@ class FileJournal:
             self._noutcomes, self._last_outcome = self._database.execute(
                 "SELECT count(*), coalesce(max(number), 0) FROM outcomes"
             ).fetchone()
+            (self._last_position,) = self._database.execute("SELECT coalesce(max(position), 0) FROM rounds").fetchone()
         except BaseException as error:
             os.close(self._lock)
-            if isinstance(error, sqlite3.Error | OSError):
+            if isinstance(error, sqlite3.Error | OSError | UnicodeDecodeError):  # names in it may be what is damaged
                 raise JournalUnusable(f"the journal {path} is damaged or cannot be opened: {error}") from None
             raise
 
@@ -94,14 +108,16 @@ class FileJournal:
                 for comm_id, epoch, members in self._rows("memberships", "comm_id, epoch")
             ),
             tuple(
-                Round(
-                    _unsigned(comm_id), _unsigned(number), _unsigned(epoch), bool(committing), _by_rank(requests), *operation
-                )
-                for comm_id, number, epoch, committing, requests, *operation in self._rows("rounds", "comm_id")
+                Round(_unsigned(comm_id), key, _unsigned(number), calls, _unsigned(of_passes), result)
+                for _, comm_id, key, number, calls, of_passes, result in self._rows("rounds", "position")
             ),
             tuple(
                 Outcome(key, _unsigned(comm_id), method, answer, Refused(code, refusal, message) if code else None)
                 for _, key, comm_id, method, answer, code, refusal, message in self._rows("outcomes", "number")
+            ),
+            tuple(
+                Begun(_unsigned(comm_id), key, _unsigned(number), calls, tuple(_split(requests)))
+                for comm_id, key, number, calls, requests in self._rows("begun", "comm_id")
             ),
         )
 
@@ -130,16 +146,19 @@ class FileJournal:
 
     def put_communicator(self, communicator: KnownCommunicator) -> None:
         one = communicator
-        values = (one.transport, one.on_failure, int(one.finalized), one.checkpoint)
+        seats = _fields([b"%d" % seat for seat in one.checkpoint_seats])
+        values = (one.transport, one.on_failure, int(one.finalized), one.checkpoint, seats)
         self._put("communicators", _signed(one.comm_id), *values)
 
-    def change_communicator(self, comm_id: int, *, finalized: bool | None = None, checkpoint: str | None = None) -> None:
+    def change_communicator(
+        self, comm_id: int, *, finalized: bool | None = None, checkpoint: tuple[str, tuple[int, ...]] | None = None
+    ) -> None:
         for communicator in self._communicators("comm_id", "WHERE comm_id = ?", _signed(comm_id)):
             self.put_communicator(changed(communicator, finalized, checkpoint))
 
     def forget_communicator(self, comm_id: int) -> None:
         with self.together():
-            for table in ("communicators", "memberships", "rounds"):
+            for table in ("communicators", "memberships", "rounds", "begun"):
                 self._execute(f"DELETE FROM {table} WHERE comm_id = ?", _signed(comm_id))
 
     def put_membership(self, membership: Membership) -> None:
@@ -148,12 +167,16 @@ class FileJournal:
 
     def put_round(self, one_round: Round) -> None:
         one = one_round
-        ids = (_signed(one.comm_id), _signed(one.number), _signed(one.epoch))
-        requests = _fields([field for rank, request in one.requests.items() for field in (b"%d" % rank, request)])
-        self._put("rounds", *ids, int(one.committing), requests, one.key, one.method, one.answer)
+        self._last_position += 1
+        numbers = (_signed(one.number), one.calls, _signed(one.passes))
+        self._put("rounds", self._last_position, _signed(one.comm_id), one.key, *numbers, one.result)
 
-    def settle_round(self, comm_id: int) -> None:
-        self._execute("DELETE FROM rounds WHERE comm_id = ?", _signed(comm_id))
+    def forget_round(self, comm_id: int, key: str) -> None:
+        self._execute("DELETE FROM rounds WHERE comm_id = ? AND idempotency_key = ?", _signed(comm_id), key)
+
+    def put_begun(self, begun: Begun) -> None:
+        numbers = (_signed(begun.number), begun.calls)
+        self._put("begun", _signed(begun.comm_id), begun.key, *numbers, _fields(begun.requests))
 
     def put_outcome(self, outcome: Outcome) -> None:
         self._last_outcome += 1
@@ -201,8 +224,12 @@ class FileJournal:
 
     def _communicators(self, order: str, where: str = "", *values: Any) -> tuple[KnownCommunicator, ...]:
         return tuple(
-            KnownCommunicator(_unsigned(comm_id), transport, on_failure, bool(finalized), checkpoint)
-            for comm_id, transport, on_failure, finalized, checkpoint in self._rows("communicators", order, where, *values)
+            KnownCommunicator(
+                _unsigned(comm_id), transport, on_failure, bool(finalized), checkpoint, tuple(map(int, _split(seats)))
+            )
+            for comm_id, transport, on_failure, finalized, checkpoint, seats in self._rows(
+                "communicators", order, where, *values
+            )
         )
 
     def _rows(self, table: str, order: str, where: str = "", *values: Any) -> Iterator[Sequence[Any]]:
@@ -273,10 +300,24 @@ def _opened(path: Path) -> sqlite3.Connection:
         if result != "ok":
             raise JournalUnusable(f"the journal {path} is damaged: {result}")
         _use_log(database, path)
+        if version < VERSION:
+            _bring_up(database, path, version)
     except BaseException:
         database.close()
         raise
     return database
+
+
+def _bring_up(database: sqlite3.Connection, path: Path, version: int) -> None:
+    """Makes a file of an older version one of this one, whole or not at all.
+
+    Communicators of version 1 are forgotten: what they need to go on was not recorded. Servers and outcomes stay.
+    """
+    log.warning(
+        "the journal %s is of version %d; its communicators are forgotten, as no coordinator can resume them", path, version
+    )
+    tables = "".join(f"DROP TABLE {table}; " for table in ("communicators", "memberships", "rounds"))
+    database.executescript(f"BEGIN IMMEDIATE; {tables} {_COMMUNICATORS} PRAGMA user_version = {VERSION}; COMMIT;")
 
 
 def _use_log(database: sqlite3.Connection, path: Path) -> None:
@@ -335,18 +376,14 @@ def _split(whole: bytes) -> list[bytes]:
     return fields
 
 
-def _fields_of(member: Member) -> tuple[bytes, bytes, bytes]:
-    return b"%d" % member.device_id, member.address.encode(), member.process_uid.encode()
+def _fields_of(member: Member) -> tuple[bytes, ...]:
+    uid, numbers = member.process_uid.encode(), (b"%d" % member.seat, b"%d" % member.embedded)
+    return b"%d" % member.device_id, member.address.encode(), uid, *numbers
 
 
 def _members_of(whole: bytes) -> tuple[Member, ...]:
     fields = iter(_split(whole))
     return tuple(
-        Member(int(device_id), address.decode(), process_uid.decode())
-        for device_id, address, process_uid in zip(fields, fields, fields, strict=True)
+        Member(int(device_id), address.decode(), process_uid.decode(), int(seat), bool(int(embedded)))
+        for device_id, address, process_uid, seat, embedded in zip(*[fields] * 5, strict=True)
     )
-
-
-def _by_rank(whole: bytes) -> dict[int, bytes]:
-    fields = iter(_split(whole))
-    return {int(rank): request for rank, request in zip(fields, fields, strict=True)}

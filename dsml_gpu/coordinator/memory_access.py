@@ -18,7 +18,7 @@ from dsml_gpu.coordinator import passes, plan
 from dsml_gpu.coordinator.call import CollectiveCall
 from dsml_gpu.coordinator.control_round import cancel
 from dsml_gpu.coordinator.device_handle import DeviceHandle
-from dsml_gpu.errors import DsmlError, InvalidValue, NoAnswer, PeerUnavailable
+from dsml_gpu.errors import DsmlError, InvalidValue, MemoryNotShared, NoAnswer, PeerUnavailable
 from dsml_gpu.wire import gpu_sim_pb2 as pb
 
 log = logging.getLogger(__name__)
@@ -41,7 +41,10 @@ class MemoryAccess:
         self._forced = forced_transport
         self.all_open = False
         self._joined_with: list[pb.SharedMemory | None] = []
+        #: Of each rank, where its memory was when it was last told: a lost rank's is still there for those who have it open.
+        self._places: list[pb.SharedMemory | None] = []
         self._one_process = True
+        self._staging_bytes: int | None = None
 
     async def join(self, comm_id: int, handles: Sequence[DeviceHandle], epoch: int = 0) -> None:
         """Tells every device its rank and its peers in an epoch, and has it open their memory.
@@ -57,6 +60,8 @@ class MemoryAccess:
         opens = may_open and not self._one_process
         closed = await _share(handles) if opens else None
         self._joined_with = [handle.shared if opens else None for handle in handles]
+        self._places = list(self._joined_with)
+        self._staging_bytes = None
         responses = await _all_or_first_error(
             [
                 handle.call(
@@ -103,19 +108,71 @@ class MemoryAccess:
                 f"processes it runs the algorithm {passes.ALGORITHM}"
             )
 
+    async def staging_bytes(self, handles: Sequence[DeviceHandle]) -> int:
+        """Size of the smallest staging of a rank, with its header; 0 where one has none. After `join`."""
+        if self._staging_bytes is None:
+            if self._one_process and await _share(handles) is not None:
+                self._staging_bytes = 0
+            else:
+                self._staging_bytes = min(handle.shared.stagingBytes if handle.shared else 0 for handle in handles)
+        return self._staging_bytes
+
     async def fence(self, comm_id: int, handles: Sequence[DeviceHandle], ranks: Sequence[int]) -> None:
         """See `control_round.Fence`."""
+        await self.stop(comm_id, handles, ranks)
+
+    async def stop(self, comm_id: int, handles: Sequence[DeviceHandle], ranks: Sequence[int]) -> list[int]:
+        """As `fence`; returns those of the ranks that do not answer. When there are some, `reopen` must follow."""
         stopped = await asyncio.gather(*(_quiesce(handles[rank], comm_id) for rank in ranks))
         lost = [rank for rank, has in zip(ranks, stopped, strict=True) if not has]
         if not lost:
-            return
-        survivors = [handle for rank, handle in enumerate(handles) if rank not in lost]
+            return []
+        survivors = [handle for rank, handle in enumerate(handles) if rank not in lost and not handle.lost]
         log.warning(
             "communicator %d: %s may still write; the memory of the others moves",
             comm_id,
             ", ".join(str(handles[rank]) for rank in lost),
         )
         await asyncio.gather(*(_move_memory(handle) for handle in survivors))
+        return lost
+
+    async def reopen(
+        self, comm_id: int, handles: Sequence[DeviceHandle], epoch: int, ranks: Sequence[int]
+    ) -> dict[int, DsmlError]:
+        """Has ranks open each other's memory where it has moved to, and keep that of the others open.
+
+        Before the next operation all must `join`, also those that are not among these ranks; see `has_moved`.
+
+        Returns:
+            The ranks that could not, and why.
+        """
+        if self._one_process:
+            return {}
+        for rank in ranks:
+            self._places[rank] = handles[rank].shared or self._places[rank]
+        devices = [handle.metadata for handle in handles]
+        requests = {
+            rank: pb.JoinCommRequest(
+                commId=comm_id,
+                rank=rank,
+                peers=plan.peers_of(devices, rank, self._forced, self._places),
+                deviceId=handles[rank].device_id,
+                epoch=epoch,
+            )
+            for rank in ranks
+        }
+        answers = await asyncio.gather(
+            *(handles[rank].call("JoinComm", request) for rank, request in requests.items()), return_exceptions=True
+        )
+        failures: dict[int, DsmlError] = {}
+        for rank, answer in zip(requests, answers, strict=True):
+            if isinstance(answer, DsmlError):
+                failures[rank] = answer
+            elif isinstance(answer, BaseException):
+                raise answer
+            elif answer.unreachable:
+                failures[rank] = MemoryNotShared(f"{handles[rank]}: {answer.unreachable[0].reason}")
+        return failures
 
 
 async def _share(handles: Sequence[DeviceHandle]) -> str | None:

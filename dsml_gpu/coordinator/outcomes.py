@@ -93,6 +93,8 @@ class Outcomes:
         self._journal = journal
         self._known = {outcome.key: outcome for outcome in known}
         self._running: dict[str, _Running] = {}
+        #: Keys of those that are known, but are not in the journal.
+        self._passing: set[str] = set()
 
     async def once(
         self,
@@ -133,6 +135,10 @@ class Outcomes:
             log.info("%s was asked for again; it runs", operation.method)
         new_answer: M = await self._wait_for(running, context)
         return new_answer
+
+    def has(self, key: str) -> bool:
+        """Whether the journal has, or is about to have, the outcome of the operation with a key."""
+        return key in self._known and key not in self._passing
 
     def keep(self, outcome: Outcome) -> None:
         """Keeps the outcome of an operation, also of one that ended otherwise than by `once`."""
@@ -206,12 +212,16 @@ class Outcomes:
                 self._journal.put_outcome(outcome)
         elif _lasts(answer):
             self._journal.put_outcome(outcome)
+        else:
+            self._passing.add(operation.key)
         self._remember(outcome)
 
     def _remember(self, outcome: Outcome) -> None:
         self._known[outcome.key] = outcome
         if len(self._known) > MAX_OUTCOMES:
-            del self._known[next(iter(self._known))]
+            oldest = next(iter(self._known))
+            del self._known[oldest]
+            self._passing.discard(oldest)
 
 
 def _require_same(operation: Asked, method: str, comm_id: int) -> None:

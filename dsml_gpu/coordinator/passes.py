@@ -14,12 +14,14 @@ order and no barrier.
 from __future__ import annotations
 
 from bisect import bisect_left, bisect_right
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import cast
 
 from dsml_gpu.coordinator.call import CollectiveCall
+from dsml_gpu.memory.staging import HEADER_BYTES
 from dsml_gpu.reduction import dtype_of
 from dsml_gpu.wire import gpu_sim_pb2 as pb
 
@@ -42,6 +44,7 @@ class Pass:
         dtype, op: numbers on the wire.
         count: bytes of each range.
         weights: of each source; empty: none.
+        needs_staging: it cannot be done again when it has written something, or another one has.
     """
 
     dtype: int
@@ -50,6 +53,7 @@ class Pass:
     sources: tuple[Location, ...]
     destinations: tuple[Location, ...]
     weights: tuple[float, ...] = ()
+    needs_staging: bool = False
 
     @property
     def nbytes(self) -> int:
@@ -65,10 +69,15 @@ class Pass:
             tuple((rank, addr + start) for rank, addr in self.sources),
             tuple((rank, addr + start) for rank, addr in self.destinations),
             self.weights,
+            self.needs_staging,
         )
 
-    def to_wire(self) -> pb.Pass:
-        """As it is shipped."""
+    def to_wire(self, staged: Location | None = None) -> pb.Pass:
+        """As it is shipped.
+
+        Args:
+            staged: rank in whose staging, and where there, the result is first.
+        """
         return pb.Pass(
             dtype=cast("pb.DataType", self.dtype),
             op=cast("pb.ReduceOp", self.op),
@@ -76,6 +85,7 @@ class Pass:
             sources=[pb.RankAddress(rank=rank, addr=addr) for rank, addr in self.sources],
             destinations=[pb.RankAddress(rank=rank, addr=addr) for rank, addr in self.destinations],
             weights=self.weights,
+            staged=None if staged is None else pb.RankAddress(rank=staged[0], addr=staged[1]),
         )
 
 
@@ -168,40 +178,132 @@ class Round:
     Attributes:
         work: of each rank that has some, in order, as it is shipped.
         nbytes: that are read and written in all.
+        phase: how it is run if it is to be atomic: RUN by one rank, PIECES, or COMMIT where it can be repeated.
+        staged_bytes: of results that are staged all at once.
     """
 
     work: Mapping[int, Sequence[pb.Pass]]
     nbytes: int
+    phase: pb.ExecuteRequest.Phase = pb.ExecuteRequest.RUN
+    staged_bytes: int = 0
 
 
 @lru_cache(maxsize=1024)
-def rounds_of(calls: tuple[CollectiveCall, ...], team: Team) -> tuple[Round, ...]:
+def rounds_of(calls: tuple[CollectiveCall, ...], team: Team, staging_bytes: int = 0) -> tuple[Round, ...]:
     """Which rank does what, round by round; a round is over when all of it is done.
 
     Calls that do not touch each other's outputs share a round, however many they are. Others are done one after the other,
     by one rank and in one round where they are small.
+
+    Args:
+        staging_bytes: of each rank's staging, with its header, where results are to be staged; 0: they are not.
     """
     in_turn = _are_small(calls)
     rounds = []
-    for run in runs_of(calls):
+    for run in runs_of(calls, staging_bytes):
         some = [one for call in run for one in passes_of(call)]
         nbytes = sum(one.nbytes for one in some)
         ranks = team.workers(nbytes)
-        if in_turn:
+        phase: pb.ExecuteRequest.Phase = pb.ExecuteRequest.RUN
+        if staging_bytes:
+            some, phase = with_staging(some, in_turn)
+        if in_turn or (staging_bytes and phase == pb.ExecuteRequest.RUN):
             ranks = ranks[:1]
-        work = {
-            rank: [one.to_wire() for one in share]
-            for rank, share in zip(ranks, shares(some, len(ranks)), strict=True)
-            if share
-        }
+        work = {rank: _staged(rank, share) for rank, share in zip(ranks, shares(some, len(ranks)), strict=True) if share}
         if work:
-            rounds.append(Round(work, nbytes))
+            rounds.append(Round(work, nbytes, phase, sum(one.count for one in some if one.needs_staging)))
     return tuple(rounds)
 
 
-def runs_of(calls: Sequence[CollectiveCall]) -> list[list[CollectiveCall]]:
-    """Calls in runs, in order, each of which is one round."""
-    return [list(calls)] if _are_small(calls) else independent(calls)
+def _staged(rank: int, share: Sequence[Pass]) -> list[pb.Pass]:
+    """Passes as they are shipped, with places one behind the other in the staging of the rank that runs them."""
+    wire, offset = [], HEADER_BYTES
+    for one in share:
+        wire.append(one.to_wire((rank, offset) if one.needs_staging else None))
+        if one.needs_staging:
+            offset += _aligned(one.count)
+    return wire
+
+
+def with_staging(passes: Sequence[Pass], small: bool) -> tuple[list[Pass], pb.ExecuteRequest.Phase]:
+    """Passes of one round, those marked whose results are to be staged before any is written, and how they are run.
+
+    The others read what none of the round writes, and write what none of it reads: done again, by whomever and whenever,
+    they do the same. Where that cannot be said of all, but each writes nothing that another one reads, and where it writes
+    what it reads itself that is at the same distance from the beginning, they can be done in pieces.
+
+    Args:
+        small: one rank does them, and it does not matter what it takes to stage them.
+    """
+    read: defaultdict[int, _Ranges] = defaultdict(_Ranges)
+    written: defaultdict[int, _Ranges] = defaultdict(_Ranges)
+    for one in passes:
+        for ranges, locations in ((read, one.sources), (written, one.destinations)):
+            for rank, addr in locations:
+                ranges[rank].add(addr, addr + one.count)
+    marked = [
+        replace(
+            one,
+            needs_staging=any(read[rank].meet(addr, addr + one.count) for rank, addr in one.destinations)
+            or any(written[rank].meet(addr, addr + one.count) for rank, addr in one.sources),
+        )
+        for one in passes
+    ]
+    if small:
+        return marked, pb.ExecuteRequest.RUN
+    if not any(one.needs_staging for one in marked):
+        return marked, pb.ExecuteRequest.COMMIT
+    return (list(passes), pb.ExecuteRequest.PIECES) if _are_apart(passes) else (marked, pb.ExecuteRequest.RUN)
+
+
+def _are_apart(passes: Sequence[Pass]) -> bool:
+    """Whether passes touch nothing that another one writes, and of what they write themselves read only what is in place."""
+    touched: defaultdict[int, _Ranges] = defaultdict(_Ranges)
+    written: defaultdict[int, _Ranges] = defaultdict(_Ranges)
+    for one in passes:
+        own: defaultdict[int, _Ranges] = defaultdict(_Ranges)
+        for rank, addr in one.destinations:
+            if touched[rank].meet(addr, addr + one.count) or own[rank].meet(addr, addr + one.count):
+                return False
+            own[rank].add(addr, addr + one.count)
+        for rank, addr in one.sources:
+            if written[rank].meet(addr, addr + one.count):
+                return False
+            if (rank, addr) not in one.destinations and own[rank].meet(addr, addr + one.count):
+                return False
+        for rank, addr in (*one.sources, *one.destinations):
+            touched[rank].add(addr, addr + one.count)
+        for rank, addr in one.destinations:
+            written[rank].add(addr, addr + one.count)
+    return True
+
+
+def runs_of(calls: Sequence[CollectiveCall], staging_bytes: int = 0) -> list[list[CollectiveCall]]:
+    """Calls in runs, in order, each of which is one round.
+
+    Args:
+        staging_bytes: of each rank's staging, with its header, which the results of a round must fit in; 0: any number does.
+    """
+    runs = [list(calls)] if _are_small(calls) else independent(calls)
+    return [part for run in runs for part in _that_fit(run, staging_bytes)] if staging_bytes else runs
+
+
+def _that_fit(calls: Sequence[CollectiveCall], staging_bytes: int) -> list[list[CollectiveCall]]:
+    runs: list[list[CollectiveCall]] = []
+    left = 0
+    for call in calls:
+        # As if one rank did all of it, or each pass were cut at every rank: nobody stages more.
+        needed = sum(_aligned(one.count) + _ALIGNMENT for one in passes_of(call))
+        if not runs or needed > left:
+            runs.append([])
+            left = staging_bytes - HEADER_BYTES
+        runs[-1].append(call)
+        left -= needed
+    return runs
+
+
+def _aligned(nbytes: int) -> int:
+    return -(-nbytes // _ALIGNMENT) * _ALIGNMENT
 
 
 def _are_small(calls: Sequence[CollectiveCall]) -> bool:

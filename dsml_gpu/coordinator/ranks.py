@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import groupby
 
-from dsml_gpu.coordinator import passes, plan
+from dsml_gpu.coordinator import diagnosis, passes, plan
 from dsml_gpu.coordinator.call import CollectiveCall
 from dsml_gpu.coordinator.choice import Choice, Chooser
-from dsml_gpu.coordinator.control_round import run_round, settle
+from dsml_gpu.coordinator.control_round import RoundTimeout, run_round, settle
 from dsml_gpu.coordinator.device_handle import DeviceHandle
 from dsml_gpu.coordinator.fusion import buckets_of, fused
 from dsml_gpu.coordinator.memory_access import MemoryAccess
+from dsml_gpu.coordinator.pass_rounds import PassRounds
 from dsml_gpu.coordinator.plan import Plan, PlanKey
 from dsml_gpu.errors import DsmlError, InvalidValue, ScheduleNotProved
 from dsml_gpu.wire import gpu_sim_pb2 as pb
@@ -87,10 +89,20 @@ class Ranks:
         epoch: its number.
         handles: rank r is ``handles[r]``.
         chooser: chooses algorithms.
+        process_uids: of the processes that the ranks are; None: those that the devices are in now.
+
+    Attributes:
+        last_round: number that the last round can be settled by; 0: there is nothing to settle.
     """
 
     def __init__(
-        self, comm_id: int, epoch: int, handles: Sequence[DeviceHandle], chooser: Chooser, settings: RunSettings
+        self,
+        comm_id: int,
+        epoch: int,
+        handles: Sequence[DeviceHandle],
+        chooser: Chooser,
+        settings: RunSettings,
+        process_uids: Sequence[str] | None = None,
     ) -> None:
         self.comm_id = comm_id
         self.epoch = epoch
@@ -99,10 +111,14 @@ class Ranks:
         self._settings = settings
         self._memories = MemoryAccess(settings.forced_transport)
         self._devices = [handle.metadata for handle in self.handles]
-        self._process_uids = [handle.metadata.processUid for handle in handles]
+        self._process_uids = process_uids or [handle.metadata.processUid for handle in handles]
         self._team = passes.Team.of(self._devices)
-        self._settling: set[asyncio.Task[None]] = set()
+        self._passes = PassRounds(
+            comm_id, epoch, self.handles, self._memories, self._team, self._limit_s, atomic=settings.atomic
+        )
+        self._settling: set[asyncio.Task[object]] = set()
         self._joined = False
+        self.last_round = 0
 
     @property
     def nranks(self) -> int:
@@ -136,6 +152,10 @@ class Ranks:
             *(_answers(self.comm_id, *member) for member in zip(self.handles, self._process_uids, strict=True))
         )
         return [rank for rank, has_answered in enumerate(answers) if not has_answered]
+
+    async def finish(self, requests: Sequence[pb.ExecuteRequest]) -> bool:
+        """See `pass_rounds.PassRounds.finish`."""
+        return requests[0].epoch == self.epoch and await self._passes.finish(requests)
 
     def require_links(self, call: CollectiveCall) -> None:
         """Raises InvalidValue where p2p is forced, and a call needs slices to go between processes."""
@@ -189,25 +209,47 @@ class Ranks:
     def _key(self, call: CollectiveCall, algorithm: str) -> PlanKey:
         return plan.key_of(call, algorithm, plan.hosts_of(self._devices))
 
-    async def run(self, planned: Sequence[Planned]) -> AsyncGenerator[tuple[Sequence[Planned], int], None]:
+    async def run(
+        self,
+        planned: Sequence[Planned],
+        numbers: Sequence[int],
+        begin: Callable[[int, Iterable[pb.ExecuteRequest]], None],
+    ) -> AsyncGenerator[tuple[Sequence[Planned], int], None]:
         """Runs calls in order, in as few rounds of control messages as they allow.
 
+        Args:
+            numbers: of each call in its communicator, those that are fused one by one.
+            begin: see `pass_rounds.PassRounds.run`; gets the number of calls first.
+
         Yields:
-            What has ended well, and the bytes that moved between ranks for it.
+            What has ended well, and the bytes that moved between ranks for it. It can be undone until the next is asked for.
 
         Raises:
-            DsmlError: what the calls fail with that were not yielded.
+            HeldUp: a rank, or its connection to another one, holds the others up.
+            DsmlError: what else the calls fail with that were not yielded.
         """
+        number = iter(numbers)
         for by_passes, group in groupby(planned, key=lambda one: one.plan is None):
             some = list(group)
+            of_some = [[next(number) for _ in one.parts] for one in some]
             if by_passes:
-                for one_run in passes.runs_of([one.call for one in some]):
-                    yield some[: len(one_run)], await self._run_passes(tuple(one_run))
+                for one_run in await self._passes.runs_of([one.call for one in some]):
+                    self.last_round = 0
+                    moved = await self._passes.run(one_run, partial(begin, len(one_run)))
+                    self.last_round = self._passes.kept_round
+                    yield some[: len(one_run)], moved
+                    self._passes.settle_later()
                     some = some[len(one_run) :]
             else:
-                yield some, await self._run_plans(some)
+                moved, requests = await self._run_plans(some, of_some)
+                yield some, moved
+                if self._settings.atomic and sum(one.count for one in some) > _KEPT_BYTES:
+                    self._begin_commit(requests)
 
-    async def _run_plans(self, planned: Sequence[Planned]) -> int:
+    async def _run_plans(
+        self, planned: Sequence[Planned], numbers: Sequence[Sequence[int]]
+    ) -> tuple[int, Mapping[int, pb.ExecuteRequest]]:
+        """Returns how many bytes moved between ranks, and what each was told."""
         operations = [(one.call, one.plan) for one in planned if one.plan is not None]
         settings = self._settings
         requests = dict(
@@ -217,30 +259,43 @@ class Ranks:
                 )
             )
         )
-        moved = await run_round(self.handles, requests, settings.operation_timeout_s)
-        if settings.atomic and sum(one.count for one in planned) > _KEPT_BYTES:
-            settling = asyncio.ensure_future(settle(self.handles, requests, pb.QuiesceRequest.COMMIT))
-            self._settling.add(settling)
-            settling.add_done_callback(self._settling.discard)
-        return moved
+        try:
+            moved = await run_round(self.handles, requests, settings.operation_timeout_s)
+        except RoundTimeout as error:
+            raise self._held_up(error, planned, numbers) from error
+        self.last_round = requests[0].round
+        return moved, requests
 
-    async def _run_passes(self, calls: tuple[CollectiveCall, ...]) -> int:
-        moved = 0
-        for one_round in passes.rounds_of(calls, self._team):
-            timeout_s = self._settings.stall_timeout_ms / 1000 + one_round.nbytes / _SLOWEST_PASSES_BYTES_PER_S
-            limit_s = min(timeout_s, self._settings.operation_timeout_s)
-            moved += await run_round(self.handles, self._requests_of_passes(one_round), limit_s, self._memories)
-        return moved
+    def _begin_commit(self, requests: Mapping[int, pb.ExecuteRequest]) -> None:
+        settling = asyncio.ensure_future(settle(self.handles, requests, pb.QuiesceRequest.COMMIT))
+        self._settling.add(settling)
+        settling.add_done_callback(self._settling.discard)
 
-    def _requests_of_passes(self, one_round: passes.Round) -> dict[int, pb.ExecuteRequest]:
-        # Also a rank that has nothing to do must be there; one whose end would be known need not be asked.
-        return {
-            rank: pb.ExecuteRequest(
-                commId=self.comm_id, deviceId=handle.device_id, epoch=self.epoch, passes=one_round.work.get(rank, ())
-            )
-            for rank, handle in enumerate(self.handles)
-            if rank in one_round.work or not handle.tells_of_its_end
-        }
+    def _held_up(
+        self, error: RoundTimeout, planned: Sequence[Planned], numbers: Sequence[Sequence[int]]
+    ) -> diagnosis.HeldUp:
+        """Who has held up a round of plans.
+
+        Args:
+            numbers: of the calls of each.
+        """
+        silent = error.answers.silent
+        waits = {rank: [_in_schedule(wait, rank, planned) for wait in some] for rank, some in error.answers.waits.items()}
+        rank = diagnosis.blamed(waits, silent)
+        # The ends of streams come after the last operation.
+        index = min(diagnosis.held_up_operation(rank, waits), len(planned) - 1)
+        one = planned[index]
+        subject = diagnosis.Subject(one.name, numbers[index][0], numbers[index][-1], one.algorithm, one.count, self.epoch)
+        text = diagnosis.message(subject, waits, silent, [str(handle) for handle in self.handles], str(error))
+        why, waited_ms = "", 0
+        if rank is not None:
+            why, waited_ms = diagnosis.failing(rank, waits), diagnosis.longest_ms(rank, waits)
+        return diagnosis.HeldUp(text, rank, why, waited_ms, is_silent=rank in silent)
+
+    def _limit_s(self, nbytes: int) -> float:
+        """For passes that read and write so many bytes."""
+        timeout_s = self._settings.stall_timeout_ms / 1000 + nbytes / _SLOWEST_PASSES_BYTES_PER_S
+        return min(timeout_s, self._settings.operation_timeout_s)
 
     def transports(self, planned: Sequence[Planned]) -> list[int]:
         """Numbers of the transports that calls use."""
@@ -250,6 +305,12 @@ class Ranks:
         if any(one.plan is None for one in planned):
             used.add(pb.P2P)
         return sorted(used)
+
+
+def _in_schedule(wait: pb.Wait, rank: int, planned: Sequence[Planned]) -> pb.Wait:
+    """A wait of a round of plans, in the numbers of its operation's schedule."""
+    one = planned[wait.operation].plan if wait.steps and wait.operation < len(planned) else None
+    return wait if one is None else diagnosis.in_schedule(wait, rank, one.schedule, one.blocks[rank])
 
 
 async def _answers(comm_id: int, handle: DeviceHandle, process_uid: str) -> bool:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 #: Outcomes are kept for so many operations.
@@ -31,6 +30,7 @@ class KnownCommunicator:
         on_failure: number of ``enum OnFailure``, as CommInit had it.
         finalized: it takes no more operations.
         checkpoint: URL of its last complete checkpoint; empty: there is none.
+        checkpoint_seats: of the checkpoint's ranks (`epochs`).
     """
 
     comm_id: int
@@ -38,15 +38,19 @@ class KnownCommunicator:
     on_failure: int
     finalized: bool = False
     checkpoint: str = ""
+    checkpoint_seats: tuple[int, ...] = ()
 
 
-def changed(one: KnownCommunicator, finalized: bool | None, checkpoint: str | None) -> KnownCommunicator:
-    """The same but for what is not None."""
-    return replace(
-        one,
-        finalized=one.finalized if finalized is None else finalized,
-        checkpoint=one.checkpoint if checkpoint is None else checkpoint,
-    )
+def changed(
+    one: KnownCommunicator, finalized: bool | None, checkpoint: tuple[str, tuple[int, ...]] | None
+) -> KnownCommunicator:
+    """The same but for what is not None.
+
+    Args:
+        checkpoint: URL and seats.
+    """
+    url, seats = (one.checkpoint, one.checkpoint_seats) if checkpoint is None else checkpoint
+    return replace(one, finalized=one.finalized if finalized is None else finalized, checkpoint=url, checkpoint_seats=seats)
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,11 +59,15 @@ class Member:
 
     Attributes:
         process_uid: of the process that it was in; the same device in another process has forgotten everything.
+        seat: see `epochs`.
+        embedded: it lives in the coordinator's own process, and ends with it.
     """
 
     device_id: int
     address: str
     process_uid: str
+    seat: int
+    embedded: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,25 +81,41 @@ class Membership:
 
 @dataclass(frozen=True, slots=True)
 class Round:
-    """A round of control messages that devices may have begun, and that nobody has settled.
+    """How far an operation is. Recorded when a round of control messages has ended well on all ranks of a communicator,
+    before any of them is told to forget how to undo it: this is what makes the round irrevocable.
 
     Attributes:
-        number: as in `ExecuteRequest.round`.
-        committing: every rank has done its part, so the round is to be brought to its end; otherwise it may be undone.
-        requests: what each rank was told, by rank: bytes of `ExecuteRequest`.
-        key, method: of the operation that it is the last round of, so that whoever settles it can keep the operation's
-            outcome; empty: it has no key, or more rounds follow.
-        answer: bytes of the operation's response, which it has once the round is settled.
+        key: of the operation; empty: it has none.
+        number: the communicator's last atomic round by then, as in `ExecuteRequest.round`; 0: there was none.
+        calls: so many of the operation's calls, its first ones, have ended well.
+        passes: number of the communicator's last round of passes by then, as in `ExecuteRequest.round`; 0: there was none.
+        result: bytes of `CollectiveResult` of these.
     """
 
     comm_id: int
+    key: str
     number: int
-    epoch: int
-    committing: bool
-    requests: Mapping[int, bytes]
-    key: str = ""
-    method: str = ""
-    answer: bytes = b""
+    calls: int
+    passes: int = 0
+    result: bytes = b""
+
+
+@dataclass(frozen=True, slots=True)
+class Begun:
+    """A round of passes that is about to begin, and goes to its end from then on, or has not happened.
+
+    Attributes:
+        key: of the operation; empty: it has none.
+        number: as in `ExecuteRequest.round`.
+        calls: so many of the operation's calls will have ended when it has.
+        requests: bytes of the `ExecuteRequest` of each rank that has work.
+    """
+
+    comm_id: int
+    key: str
+    number: int
+    calls: int
+    requests: tuple[bytes, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,7 +151,8 @@ class Recovered:
 
     Attributes:
         memberships: by communicator and epoch.
-        rounds: at most one for each communicator.
+        rounds: the oldest first.
+        begun: at most one for each communicator; it may have ended since.
         outcomes: the oldest first.
     """
 
@@ -136,3 +161,4 @@ class Recovered:
     memberships: tuple[Membership, ...] = ()
     rounds: tuple[Round, ...] = ()
     outcomes: tuple[Outcome, ...] = ()
+    begun: tuple[Begun, ...] = ()

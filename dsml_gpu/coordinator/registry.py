@@ -305,6 +305,24 @@ class DeviceRegistry:
                 raise PeerUnavailable(f"{handle} is about to leave")
         return self._assign(handles, comm_id)
 
+    def expected(self, address: str, device_id: int) -> DeviceHandle:
+        """A device that a server was known to have; lost, where it does not answer, or not with that device.
+
+        Args:
+            address: of the server, which is watched from now on if it was not yet.
+        """
+        server = self._server(address)
+        if server is None:
+            for other in self.servers:  # it may be known by another name
+                for handle in other.handles:
+                    if handle.device_id == device_id and handle.reachable:
+                        return handle
+            server = self._server_at(address)
+            self.servers.append(server)
+            self._registered.add(server)
+            self._watch(server)
+        return server.expect(device_id)
+
     def spare(self, blocks: Sequence[Range], like: DeviceHandle, comm_id: int) -> DeviceHandle:
         """A free device that can take the place of another one, for `comm_id`. See `replacement.choose_spare`."""
         (spare,) = self._assign([choose_spare(self.handles, like, blocks)], comm_id)

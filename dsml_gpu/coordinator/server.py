@@ -68,7 +68,8 @@ class CoordinatorServer:
         return self.rpc.address
 
     async def start(self) -> None:
-        """Listens, makes the embedded devices, asks the configured ones who they are, and serves.
+        """Takes the port, makes the embedded devices, asks the configured ones who they are, goes on with the communicators
+        of the coordinator before, and serves.
 
         Raises:
             PortInUse: the address cannot be listened on.
@@ -88,6 +89,7 @@ class CoordinatorServer:
         )
         await self.registry.start(config.embedded or 0)
         self._service = CoordinatorService(self.registry, config.settings, self._journal)
+        await self._service.resume()
         self._lane = LaneServer(self._service, "GPUCoordinator")
         await self._lane.start()
         self._service.lane = self._lane.name

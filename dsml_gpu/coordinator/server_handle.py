@@ -106,6 +106,21 @@ class ServerHandle:
         )
         return answer
 
+    def expect(self, device_id: int) -> DeviceHandle:
+        """A device that the server has had; lost, where it has not answered that it still has it."""
+        handle = next((one for one in self.handles if one.device_id == device_id), None)
+        if handle is None:
+            if self.has_answered:
+                handle = self._new_handle()
+                self.handles.append(handle)
+            else:
+                handle = self.handles[0]
+            handle.metadata.deviceId.value = device_id
+            # Which addresses it had nobody knows; that it is gone is to be found before that.
+            handle.metadata.maxMemAddr.value = (1 << 64) - 1
+            handle.give_up("has not answered since the coordinator was started")
+        return handle
+
     def close(self) -> None:
         """Closes the connection's lane. Idempotent."""
         self.connection.close()

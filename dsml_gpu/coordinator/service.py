@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import secrets
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
 from functools import lru_cache
@@ -13,8 +14,9 @@ from typing import Any, TypeVar
 
 from dsml_gpu.coordinator import groups
 from dsml_gpu.coordinator.call import CollectiveCall, all_reduce_call, call_of
-from dsml_gpu.coordinator.checkpoints import Checkpoints
+from dsml_gpu.coordinator.checkpoints import Checkpoints, LastCheckpoint
 from dsml_gpu.coordinator.choice import Chooser
+from dsml_gpu.coordinator.commits import Commits
 from dsml_gpu.coordinator.communicator import Communicator
 from dsml_gpu.coordinator.device_handle import DeviceHandle, pieces
 from dsml_gpu.coordinator.epochs import Epoch
@@ -23,9 +25,10 @@ from dsml_gpu.coordinator.journal import Journal
 from dsml_gpu.coordinator.order import Turn
 from dsml_gpu.coordinator.outcomes import Asked, Outcomes
 from dsml_gpu.coordinator.ranks import RunSettings
-from dsml_gpu.coordinator.records import KnownCommunicator, KnownServer, Member, Membership
+from dsml_gpu.coordinator.records import KnownCommunicator, KnownServer, Member, Membership, Recovered
 from dsml_gpu.coordinator.registry import DeviceRegistry
 from dsml_gpu.coordinator.replacement import Allocations, Place, replace
+from dsml_gpu.coordinator.resume import resume
 from dsml_gpu.errors import (
     CommNotFound,
     InternalError,
@@ -40,6 +43,8 @@ from dsml_gpu.wire import gpu_sim_pb2 as pb
 from dsml_gpu.wire.codec import Chunk
 from dsml_gpu.wire.messages import require
 from dsml_gpu.wire.stubs import DEFAULT_MAX_MESSAGE_BYTES
+
+log = logging.getLogger(__name__)
 
 M = TypeVar("M")
 
@@ -82,14 +87,16 @@ class CoordinatorService:
     """Servicer of GPUCoordinator.
 
     Args:
-        journal: gets what must not be forgotten; its outcomes of operations are still known.
+        journal: gets what must not be forgotten; what is in it is still known (`resume`).
     """
 
     def __init__(self, registry: DeviceRegistry, settings: CoordinatorSettings, journal: Journal) -> None:
         self._registry = registry
         self._settings = settings
         self._journal = journal
-        self._outcomes = Outcomes(journal, journal.load().outcomes)
+        self._recovered = journal.load()
+        self._outcomes = Outcomes(journal, self._recovered.outcomes)
+        self._commits = Commits(journal, self._recovered.rounds, self._recovered.begun, self._outcomes.has)
         self._comms: dict[int, Communicator] = {}
         #: Name of the server's lane; empty where it has none.
         self.lane = ""
@@ -100,12 +107,37 @@ class CoordinatorService:
         self._choosing = asyncio.Lock()
         self._stops = asyncio.Event()
 
+    async def resume(self) -> None:
+        """Goes on with the communicators of the coordinator before. To be called once, before anything is served."""
+        resumed, over = await resume(self._recovered, self._registry, self._commits.numbers)
+        self._recovered = Recovered()
+        for comm_id in over:
+            self._journal.forget_communicator(comm_id)
+            self._commits.forget(comm_id)
+        for one in resumed:
+            known = one.known
+            settings = self._run_settings(known.transport)
+            comm = self._comms[known.comm_id] = Communicator(
+                known.comm_id, one.handles, self._chooser, settings, known.on_failure, self, self._commits, one.past
+            )
+            for handle in one.handles:
+                handle.comm_ids.add(known.comm_id)
+            begun = self._commits.unfinished(known.comm_id)
+            if begun is not None and await comm.finish(begun):
+                log.info("communicator %d: what was under way over shared memory has been brought to its end", known.comm_id)
+            if known.checkpoint:
+                self._checkpoints.set_last(known.comm_id, LastCheckpoint(known.checkpoint, known.checkpoint_seats))
+
     async def close(self, drain_s: float) -> None:
-        """Waits for running collectives, cancels what is not done after `drain_s`, and takes leave of all devices."""
+        """Waits for running collectives, cancels what is not done after `drain_s`, and takes leave of devices.
+
+        Communicators that a next coordinator can go on with stay: their devices hear nothing.
+        """
         comms = list(self._comms.values())
         await asyncio.gather(*(comm.drain(drain_s) for comm in comms))
         await self._outcomes.close()
-        await asyncio.gather(*(self._destroy(comm) for comm in comms))
+        stay = [comm for comm in comms if self._journal.lasts and not any(handle.embedded for handle in comm.handles)]
+        await asyncio.gather(*(self._destroy(comm) for comm in comms if comm not in stay))
 
     def _comm(self, comm_id: int) -> Communicator:
         comm = self._comms.get(comm_id)
@@ -134,7 +166,8 @@ class CoordinatorService:
         def keep(answer: pb.CommInitResponse) -> None:
             one = KnownCommunicator(answer.commId, *self._choices(request))
             self._journal.put_communicator(one)
-            self._journal.put_membership(Membership(one.comm_id, 1, _members(answer.devices)))
+            comm = self._comms[one.comm_id]
+            self.begin_epoch(one.comm_id, comm.epoch, comm.handles)
 
         return await self._once("CommInit", request, 0, context, lambda: self._comm_init(request), keep)
 
@@ -147,13 +180,8 @@ class CoordinatorService:
         comm_id = _new_comm_id()
         handles = await self._take(request, comm_id)
         transport, on_failure = self._choices(request)
-        settings = RunSettings(
-            transport,
-            round(self._settings.stall_timeout_s * 1000),
-            self._settings.operation_timeout_s,
-            self._settings.atomic,
-        )
-        comm = Communicator(comm_id, handles, self._chooser, settings, on_failure, self)
+        settings = self._run_settings(transport)
+        comm = Communicator(comm_id, handles, self._chooser, settings, on_failure, self, self._commits)
         try:
             await comm.join()
         except BaseException:
@@ -188,13 +216,20 @@ class CoordinatorService:
             raise
         return pb.CommGrowResponse(epoch=comm.epoch.number, devices=[handle.metadata for handle in comm.handles])
 
+    def _run_settings(self, transport: int) -> RunSettings:
+        settings = self._settings
+        return RunSettings(transport, round(settings.stall_timeout_s * 1000), settings.operation_timeout_s, settings.atomic)
+
     def _choices(self, request: pb.CommInitRequest) -> tuple[int, int]:
         """Numbers of the transport and of ``enum OnFailure`` of a communicator."""
         return request.transport or self._settings.transport, request.onFailure or self._settings.on_failure
 
     def begin_epoch(self, comm_id: int, epoch: Epoch, handles: Sequence[DeviceHandle]) -> None:
         """See `communicator.Keeper`."""
-        members = _members(handle.metadata for handle in handles)
+        members = tuple(
+            Member(handle.device_id, handle.address, handle.metadata.processUid, seat, handle.embedded)
+            for handle, seat in zip(handles, epoch.seats, strict=True)
+        )
         self._journal.put_membership(Membership(comm_id, epoch.number, members))
 
     def let_go(self, comm_id: int, handles: Sequence[DeviceHandle]) -> None:
@@ -248,6 +283,7 @@ class CoordinatorService:
         finally:
             self._registry.release(comm.handles, comm.comm_id)
             self._allocations.forget(comm.comm_id)
+            self._commits.forget(comm.comm_id)
             # Last: until then a client's second try finds it, and its memory is not left behind.
             self._journal.forget_communicator(comm.comm_id)
 
@@ -378,6 +414,9 @@ class CoordinatorService:
         _drop_lost(comm, request)
         async with aclosing(self._checkpoints.save(comm, request)) as answers:
             async for answer in answers:
+                last = self._checkpoints.last(comm.comm_id)
+                if answer.complete and last is not None:
+                    self._journal.change_communicator(comm.comm_id, checkpoint=(last.url, last.seats))
                 yield answer
 
     async def Restore(self, request: pb.RestoreRequest, context: Any) -> pb.RestoreResponse:
@@ -520,10 +559,6 @@ def _check_number(request: pb.CommInitRequest | pb.CommGrowRequest) -> None:
         raise InvalidValue("numDevices is 0, expected at least 1")
     if request.deviceIds and len(request.deviceIds) != request.numDevices:
         raise InvalidValue(f"numDevices is {request.numDevices}, but {len(request.deviceIds)} deviceIds are named")
-
-
-def _members(devices: Iterable[pb.DeviceMetadata]) -> tuple[Member, ...]:
-    return tuple(Member(device.deviceId.value, device.address, device.processUid) for device in devices)
 
 
 def _drop_lost(comm: Communicator, request: pb.CheckpointRequest | pb.RestoreRequest) -> None:

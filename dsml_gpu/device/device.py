@@ -10,6 +10,7 @@ from dsml_gpu.errors import CommNotFound, InvalidValue, StaleEpoch
 from dsml_gpu.memory.allocator import Allocator
 from dsml_gpu.memory.arena import Arena
 from dsml_gpu.memory.device_memory import DeviceNDArray
+from dsml_gpu.memory.staging import Staging
 from dsml_gpu.reduction import HostReducer, Reducer
 
 #: Shared by all devices: what it compiles, it compiles once.
@@ -35,6 +36,14 @@ class Peer:
 
 class RankMemory(Protocol):
     """The memory of a rank's device."""
+
+    @property
+    def has_staging(self) -> bool:
+        """Whether there is a `staging`."""
+
+    @property
+    def staging(self) -> Staging:
+        """Where results of the device's passes are staged. Raises MemoryNotShared where there is nothing."""
 
     def view(self, addr: int, nbytes: int) -> DeviceNDArray:
         """The bytes ``[addr, addr + nbytes)`` as a uint8 array. Raises AddressOutOfRange."""

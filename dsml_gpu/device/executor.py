@@ -29,6 +29,7 @@ from dsml_gpu.device.dataflow import Access, Dataflow
 from dsml_gpu.device.device import Device, Membership
 from dsml_gpu.device.progress import Progress
 from dsml_gpu.device.undo import Undo
+from dsml_gpu.device.waits import Waits
 from dsml_gpu.errors import DsmlError, OperationAborted, OperationTimeout, OutOfMemory
 from dsml_gpu.memory.arena import Arena
 from dsml_gpu.memory.device_memory import DeviceNDArray
@@ -100,6 +101,10 @@ class GroupExecution:
         stall_timeout_s: `run` gives up when no slice has come or gone for so long.
         progress: counts the slices that come and go.
         undo: gets what is overwritten; None: it is lost.
+
+    Attributes:
+        waits: what it waits for, or did when it was given up.
+        bytes_sent: of payload, so far.
     """
 
     def __init__(
@@ -123,7 +128,7 @@ class GroupExecution:
         self._progress = progress
         self._undo = undo
         self._slices_moved = 0
-        self._waiting: dict[str, str] = {}
+        self.waits = Waits()
         self.bytes_sent = 0
 
     async def run(self, operations: Sequence[Operation]) -> None:
@@ -135,17 +140,19 @@ class GroupExecution:
         """
         watch = StallWatch(self._stall_timeout_s, lambda: self._slices_moved)
         try:
-            drained = [link for link in self._links.send.values() if link.needs_drain]
-            await _all_or_none([self._run_all(operations), *(link.drain() for link in drained)])
+            drains = [self._drain(peer, link) for peer, link in self._links.send.items() if link.needs_drain]
+            await _all_or_none([self._run_all(operations), *drains])
         except asyncio.CancelledError:
+            self.waits.keep()
             if not watch.stalled:
                 self._links.abort(OperationAborted("the operation was cancelled"))
                 raise
-            waits = "; ".join(self._waiting.values()) or "its peers to take what it sent"
+            waits = ", ".join(map(str, self.waits.present())) or "something of this rank itself"
             error = OperationTimeout(f"nothing moved for {self._stall_timeout_s:g} s; waited for {waits}")
             self._links.abort(OperationAborted(str(error)))
             raise error from None
         except Exception as error:
+            self.waits.keep()
             self._links.abort(OperationAborted(str(error) or type(error).__name__))
             if isinstance(error, MemoryError) and not isinstance(error, DsmlError):
                 raise OutOfMemory(f"an operation needs more memory than there is: {error}") from error
@@ -154,16 +161,25 @@ class GroupExecution:
             watch.stop()
 
     async def _run_all(self, operations: Sequence[Operation]) -> None:
-        for operation in operations:
+        for number, operation in enumerate(operations):
+            self.waits.begin(number, operation.dataflow)
             await self._run_one(operation)
+        self.waits.end(len(operations))
         await self._memory.finish()
-        for send in self._links.send.values():
+        for peer, send in self._links.send.items():
+            self.waits.send(peer)
             send.end()
-        for recv in self._links.recv.values():
+        for peer, recv in self._links.recv.items():
+            self.waits.expect(peer, None)
             await recv.finish()
-        for send in self._links.send.values():
+            self.waits.came(peer)
+        for peer, send in self._links.send.items():
             if not send.needs_drain:
-                await send.drain()
+                await self._drain(peer, send)
+
+    async def _drain(self, peer: int, link: SendLink) -> None:
+        await link.drain()
+        self.waits.taken(peer)
 
     async def _run_one(self, operation: Operation) -> None:
         flow = operation.dataflow
@@ -172,7 +188,8 @@ class GroupExecution:
         }
         slices = _Slices(operation, self._arena, self._reducer, self._slice_bytes, self._nranks, buckets, self._undo)
         outboxes = [
-            _Outbox(self._links.send[peer], accesses, slices, self._count_sent) for peer, accesses in flow.sends.items()
+            _Outbox(self._links.send[peer], accesses, slices, partial(self.waits.send, peer), partial(self._on_sent, peer))
+            for peer, accesses in flow.sends.items()
         ]
         for outbox in outboxes:
             outbox.send_what_is_ready()
@@ -191,7 +208,8 @@ class GroupExecution:
         for number, bucket in buckets.items():
             spread(operation.blocks[number].pieces, bucket, self._arena, self._undo)
 
-    def _count_sent(self, piece: _Slice) -> None:
+    def _on_sent(self, peer: int, piece: _Slice) -> None:
+        self.waits.taken(peer)
         self.bytes_sent += piece.nbytes
         self._count_moved()
         piece.count_read()
@@ -202,16 +220,17 @@ class GroupExecution:
         failpoints.reach("execute.slice", rank=self._rank, device=self._device_id)
 
     async def _receive(self, link: RecvLink, accesses: Sequence[Access], slices: _Slices, outboxes: list[_Outbox]) -> None:
-        source = f"rank {accesses[0].move.peer}"
+        source = accesses[0].move.peer
         for access in accesses:
             reads, writes = access.reads_before, access.writes_before
-            self._waiting[source] = f"chunk {access.move.chunk} of step {access.step} from {source}"
             # Slices that may not be applied yet are kept, so that taking a chunk never waits for applying it: the proof
             # of progress (`schedules.verify`) rests on this. Between peers that exchange a chunk they are few.
             kept: list[asyncio.Task[None]] = []
             try:
                 for piece in slices.of_chunk(access.move.chunk):
+                    self.waits.expect(source, access)
                     data = await link.recv(piece.nbytes)
+                    self.waits.came(source)
                     if piece.may_be_written(reads, writes):
                         slices.apply(access.move.kind, piece, data, link.lends)
                     else:
@@ -226,7 +245,6 @@ class GroupExecution:
             finally:
                 for task in kept:
                     task.cancel()
-        del self._waiting[source]
 
     async def _apply_later(
         self, access: Access, piece: _Slice, data: DeviceNDArray, slices: _Slices, outboxes: list[_Outbox]
@@ -241,10 +259,16 @@ class _Outbox:
     """What one operation sends to one peer, slice by slice in the order of the program, each as soon as it is ready."""
 
     def __init__(
-        self, link: SendLink, accesses: Sequence[Access], slices: _Slices, on_sent: Callable[[_Slice], None]
+        self,
+        link: SendLink,
+        accesses: Sequence[Access],
+        slices: _Slices,
+        on_send: Callable[[], None],
+        on_sent: Callable[[_Slice], None],
     ) -> None:
         self._link = link
         self._slices = slices
+        self._on_send = on_send
         self._on_sent = on_sent
         #: Slices to send, each with the one that must have been written first, and how often.
         self._waiting = deque(
@@ -257,6 +281,7 @@ class _Outbox:
         waiting = self._waiting
         while waiting and waiting[0][1].writes >= waiting[0][2]:
             piece, _, _ = waiting.popleft()
+            self._on_send()
             self._link.send(self._slices.read(piece), partial(self._on_sent, piece))
             piece.count_issued()
 

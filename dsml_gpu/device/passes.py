@@ -28,6 +28,8 @@ log = logging.getLogger(__name__)
 
 #: Bytes that are read and written in one piece, after which a pass can be given up: some 10 ms.
 _PIECE_BYTES = 64 << 20
+#: What is copied to several destinations goes piece by piece of this size.
+_CACHED_BYTES = 256 << 10
 #: Passes that touch up to so many bytes together stop the event loop for less time than a thread would cost.
 _INLINE_BYTES = 16 << 20
 
@@ -55,8 +57,12 @@ class Pass:
         return int(self.sources[0].nbytes) * (len(self.sources) + len(self.destinations))
 
 
-async def run_passes(device: Device, passes: Sequence[Pass]) -> None:
+async def run_passes(device: Device, passes: Sequence[Pass | Callable[[], None]]) -> None:
     """Runs passes, in order; returns when they are done.
+
+    Args:
+        passes: and what is called between them, perhaps in another thread; on a GPU when work is queued, not done. What
+            takes long has `nbytes` as passes have.
 
     Cancelled, it returns (with the cancellation) when the device has stopped writing.
 
@@ -64,13 +70,16 @@ async def run_passes(device: Device, passes: Sequence[Pass]) -> None:
         InternalError: from the device's memory.
     """
     on_host = device.arena.backend.name == "numpy"
-    if on_host and sum(one.nbytes for one in passes) > _INLINE_BYTES:
+    if on_host and sum(getattr(one, "nbytes", 0) for one in passes) > _INLINE_BYTES:
         given_up = threading.Event()
         await _to_the_end(asyncio.to_thread(_run_all, device, passes, given_up), given_up.set)
         return
     try:
         for one in passes:
-            _run(device, one)
+            if isinstance(one, Pass):
+                _run(device, one)
+            else:
+                one()
     finally:
         if not on_host:  # also what was queued before one that failed
             await _to_the_end(device.arena.memory.finish())
@@ -91,18 +100,24 @@ async def _to_the_end(work: Coroutine[Any, Any, None], give_up: Callable[[], Non
         raise
 
 
-def _run_all(device: Device, passes: Sequence[Pass], given_up: threading.Event) -> None:
+def _run_all(device: Device, passes: Sequence[Pass | Callable[[], None]], given_up: threading.Event) -> None:
     for one in passes:
+        if given_up.is_set():
+            return
+        if not isinstance(one, Pass):
+            one()
+            continue
         length = one.sources[0].nbytes
         # Whole elements, and whole cache lines.
         step = max(_PIECE_BYTES // (len(one.sources) + len(one.destinations)) // 64 * 64, 64)
         for start in range(0, length, step):
             if given_up.is_set():
                 return
-            _run(device, one if length <= step else _piece(one, slice(start, start + step)))
+            _run(device, one if length <= step else piece_of(one, slice(start, start + step)))
 
 
-def _piece(one: Pass, part: slice) -> Pass:
+def piece_of(one: Pass, part: slice) -> Pass:
+    """A pass over some bytes of each range."""
     return Pass(
         one.dtype,
         one.operator,
@@ -123,5 +138,12 @@ def _run(device: Device, one: Pass) -> None:
     if len(sources) > 1 or one.divisor > 1:
         device.reducer.reduce(one.operator, one.dtype, sources, one.destinations, one.divisor)
         return
+    source = sources[0]
+    if len(one.destinations) > 1 and device.arena.backend.name == "numpy":
+        # Read from memory once, and for the other destinations from the cache.
+        for start in range(0, source.nbytes, _CACHED_BYTES):
+            for destination in one.destinations:
+                memory.copy(destination[start : start + _CACHED_BYTES], source[start : start + _CACHED_BYTES])
+        return
     for destination in one.destinations:
-        memory.copy(destination, sources[0])
+        memory.copy(destination, source)

@@ -17,10 +17,13 @@ from dsml_gpu import failpoints
 from dsml_gpu.device.dataflow import Dataflow
 from dsml_gpu.device.device import Device, Membership, Peer, RankMemory
 from dsml_gpu.device.executor import GroupExecution, Links
+from dsml_gpu.device.kept import KeptRanges
+from dsml_gpu.device.pass_phases import PassPhases, has_begun
 from dsml_gpu.device.passes import run_passes
 from dsml_gpu.device.point_to_point import PointToPoint
 from dsml_gpu.device.preparation import Preparation
 from dsml_gpu.device.progress import Progress
+from dsml_gpu.device.repeats import Repeats
 from dsml_gpu.device.requests import check_slice_bytes, dataflow_of_wire, moved_bytes, operations_of, pass_of
 from dsml_gpu.device.shards import load_shard, save_shard
 from dsml_gpu.device.undo import Undo
@@ -114,6 +117,8 @@ class DeviceService:
         self._unsettled: dict[tuple[int, int], tuple[int, Undo]] = {}
         #: By device and communicator, what the last execution waited for that ended otherwise than well.
         self._waits: dict[tuple[int, int], Sequence[Wait]] = {}
+        self._repeats = Repeats()
+        self._pass_phases: dict[int, PassPhases] = {}  # by device id
         self._incoming = IncomingTable(self._settings.stall_timeout_s, self._timer if self._settings.link.emulated else None)
         self._data_port = DataPort(self._incoming, listening_host(address))
         self._pipes = PipeTable(self._settings.stall_timeout_s)
@@ -130,6 +135,7 @@ class DeviceService:
         """Serves a device no more; its memory goes when nothing uses it."""
         del self._devices[device_id]
         self._emulated.pop(device_id, None)
+        self._pass_phases.pop(device_id, None)
 
     async def close(self) -> None:
         """Gives up all transfers and closes the connections to peers."""
@@ -237,8 +243,10 @@ class DeviceService:
             return near.arena
         if not peer.HasField("sharedMemory"):
             raise MemoryNotShared("nobody said where it is")
-        array = device.arena.memory.open_shared(SharedHandle.of_message(peer.sharedMemory))
-        return OpenedArena(array, peer.sharedMemory.minMemAddr.value)
+        memory, handle = device.arena.memory, SharedHandle.of_message(peer.sharedMemory)
+        array = memory.open_shared(handle)
+        staging = memory.open_staging(handle) if handle.staging_bytes else None
+        return OpenedArena(array, peer.sharedMemory.minMemAddr.value, staging)
 
     async def ShareMemory(self, request: pb.ShareMemoryRequest, context: Any) -> pb.SharedMemory:
         device = self._device(request.deviceId)
@@ -257,6 +265,7 @@ class DeviceService:
             numBytes=handle.nbytes,
             cudaIpcHandle=handle.cuda_ipc_handle,
             minMemAddr=pb.MemAddr(value=device.arena.min_addr),
+            stagingBytes=handle.staging_bytes,
         )
 
     async def Quiesce(self, request: pb.QuiesceRequest, context: Any) -> pb.QuiesceResponse:
@@ -279,7 +288,10 @@ class DeviceService:
                 if request.settlement == pb.QuiesceRequest.ROLL_BACK:
                     await undo.roll_back()
                 undo.forget()
-        return pb.QuiesceResponse(waits=[wait.to_wire() for wait in waits])
+            if request.round and (phases := self._pass_phases.get(key[0])) is not None:
+                phases.settle(request.round)
+        unsettled, _ = self._unsettled.get(key, (0, None))
+        return pb.QuiesceResponse(waits=[wait.to_wire() for wait in waits], unsettledRound=unsettled)
 
     async def Heartbeat(self, request: pb.HeartbeatRequest, context: Any) -> AsyncGenerator[pb.HeartbeatResponse, None]:
         if request.intervalMs == 0:
@@ -307,17 +319,32 @@ class DeviceService:
         running.add(task)
         try:
             failpoints.reach("execute.begin", rank=membership.rank, device=device.device_id)
-            bytes_sent = await self._run_passes(device, membership, request)
-            if request.operations or not request.passes:
+            if request.kept:
+                await self._keep(device, request)
+            begun, bytes_sent = await self._run_passes(device, membership, request)
+            if request.operations or not (request.passes or request.phase):
                 bytes_sent += await self._run_operations(device, membership, request)
         finally:
             running.discard(task)
             if not running:
                 self._executing.pop((device.device_id, request.commId), None)
-        return pb.ExecuteResponse(bytesSent=bytes_sent)
+        return pb.ExecuteResponse(bytesSent=bytes_sent, begun=begun)
 
-    async def _run_passes(self, device: Device, membership: Membership, request: pb.ExecuteRequest) -> int:
-        """Returns how many bytes it moved between the memories of different devices."""
+    async def _keep(self, device: Device, request: pb.ExecuteRequest) -> None:
+        key = (device.device_id, request.commId)
+        _, last = self._unsettled.pop(key, (0, None))
+        if last is not None:
+            last.forget()
+        ranges = [(piece.recvAddr, piece.count) for piece in request.kept]
+        self._unsettled[key] = request.round, KeptRanges(device.arena, device.spare_pieces, ranges)
+        await device.arena.memory.finish()
+
+    async def _run_passes(self, device: Device, membership: Membership, request: pb.ExecuteRequest) -> tuple[bool, int]:
+        """Returns whether it did something, and how many bytes it moved between the memories of different devices."""
+        if request.phase not in pb.ExecuteRequest.Phase.values():
+            raise InvalidValue(f"unknown phase {request.phase}")
+        if not request.passes or (request.phase == pb.ExecuteRequest.RESUME and not has_begun(membership, request)):
+            return False, 0
         passes = [pass_of(one, membership) for one in request.passes]
         for operator, dtype, sources, destinations, weighted in dict.fromkeys(
             (one.operator, one.dtype, len(one.sources), len(one.destinations), bool(one.weights))
@@ -325,9 +352,18 @@ class DeviceService:
             if len(one.sources) > 1 or one.weights
         ):
             await self._preparation.begin(device.reducer, operator, dtype, sources, destinations, weighted=weighted)
-        await run_passes(device, passes)
+        if request.round:
+            await self._phases_of(device).run(membership, request)
+        else:
+            await run_passes(device, passes)
         self.progress.add(len(passes))
-        return sum(map(moved_bytes, request.passes))
+        return True, 0 if request.phase == pb.ExecuteRequest.PREPARE else sum(map(moved_bytes, request.passes))
+
+    def _phases_of(self, device: Device) -> PassPhases:
+        phases = self._pass_phases.get(device.device_id)
+        if phases is None:
+            phases = self._pass_phases[device.device_id] = PassPhases(device)
+        return phases
 
     async def _run_operations(self, device: Device, membership: Membership, request: pb.ExecuteRequest) -> int:
         """Returns how many bytes of payload it sent."""
@@ -403,16 +439,25 @@ class DeviceService:
 
     async def Malloc(self, request: pb.MallocRequest, context: Any) -> pb.MallocResponse:
         allocator = self._device(request.deviceId.value).allocator
-        if request.HasField("at"):
-            addr = allocator.malloc_at(request.at, request.numBytes, request.commId)
-        else:
-            addr = allocator.malloc(request.numBytes, request.commId)
-        return pb.MallocResponse(memAddr=pb.MemAddr(value=addr))
+
+        def work() -> pb.MallocResponse:
+            if request.HasField("at"):
+                addr = allocator.malloc_at(request.at, request.numBytes, request.commId)
+            else:
+                addr = allocator.malloc(request.numBytes, request.commId)
+            return pb.MallocResponse(memAddr=pb.MemAddr(value=addr))
+
+        return self._repeats.once(request.idempotencyKey, work)
 
     async def Free(self, request: pb.FreeRequest, context: Any) -> pb.FreeResponse:
         require(request, "memAddr")
-        self._device(request.deviceId.value).allocator.free(request.memAddr.value, request.commId)
-        return pb.FreeResponse()
+        allocator = self._device(request.deviceId.value).allocator
+
+        def work() -> pb.FreeResponse:
+            allocator.free(request.memAddr.value, request.commId)
+            return pb.FreeResponse()
+
+        return self._repeats.once(request.idempotencyKey, work)
 
     async def StreamHostToDevice(self, chunks: AsyncIterator[Chunk], context: Any) -> pb.StreamHostToDeviceResponse:
         first = await anext(chunks, None)

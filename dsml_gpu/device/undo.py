@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from dsml_gpu.memory.device_memory import DeviceMemory, DeviceNDArray
 
 #: After so long without an operation the memory for the next one's pieces goes back to the system.
-_SPARE_S = 1.0
+_SPARE_S = 3.0
 
 
 class SparePieces:

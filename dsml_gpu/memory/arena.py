@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import numpy as np
 
-from dsml_gpu.errors import AddressOutOfRange, OutOfMemory
+from dsml_gpu.errors import AddressOutOfRange, MemoryNotShared, OutOfMemory
 from dsml_gpu.memory.backend import Backend
 from dsml_gpu.memory.device_memory import DeviceMemory, DeviceNDArray, Download, HostBytes
 from dsml_gpu.memory.shared import SharedHandle
+from dsml_gpu.memory.staging import Staging
 
 #: Smallest device memory a client may rely on.
 MIN_ARENA_BYTES = 4 << 20
@@ -80,6 +81,17 @@ class Arena:
         self._taken()
         return self.memory.share()
 
+    @property
+    def has_staging(self) -> bool:
+        """Whether there is a `staging`."""
+        return self.memory.has_staging
+
+    @property
+    def staging(self) -> Staging:
+        """Where results of passes are staged. Raises MemoryNotShared where there is nothing, and OutOfMemory as `view`."""
+        self._taken()
+        return self.memory.staging()
+
     def move(self) -> None:
         """Takes the contents to fresh memory: who has opened the memory before reaches them no more.
 
@@ -111,11 +123,25 @@ class OpenedArena:
     Args:
         array: what `DeviceMemory.open_shared` gave.
         min_addr: address of its first byte.
+        staging: what `DeviceMemory.open_staging` gave; None: it has none.
     """
 
-    def __init__(self, array: DeviceNDArray, min_addr: int) -> None:
+    def __init__(self, array: DeviceNDArray, min_addr: int, staging: Staging | None = None) -> None:
         self._array = array
         self._min_addr = min_addr
+        self._staging = staging
+
+    @property
+    def has_staging(self) -> bool:
+        """Whether there is a `staging`."""
+        return self._staging is not None
+
+    @property
+    def staging(self) -> Staging:
+        """Where results of its passes are staged. Raises MemoryNotShared where there is nothing."""
+        if self._staging is None:
+            raise MemoryNotShared("it has no staging")
+        return self._staging
 
     def view(self, addr: int, nbytes: int) -> DeviceNDArray:
         """The bytes ``[addr, addr + nbytes)`` as a uint8 array. Raises AddressOutOfRange."""

@@ -25,6 +25,7 @@ import numpy as np
 from dsml_gpu.errors import InternalError, MemoryNotShared
 from dsml_gpu.memory.device_memory import DeviceNDArray, HostBytes, Mark
 from dsml_gpu.memory.shared import SharedHandle, boot_id
+from dsml_gpu.memory.staging import Staging
 
 #: cudaErrorMemoryAllocation.
 _MEMORY_ALLOCATION = 2
@@ -50,6 +51,7 @@ class CudaMemory:
     """
 
     lends_staged = True
+    has_staging = False
 
     def __init__(self, gpu: int) -> None:
         self.gpu = gpu
@@ -106,6 +108,15 @@ class CudaMemory:
             opened = self._opened[handle] = _OpenedMemory(self.gpu, address)
         memory = cp.cuda.UnownedMemory(opened.address, handle.nbytes, opened, self.gpu)
         return cp.ndarray((handle.nbytes,), cp.uint8, cp.cuda.MemoryPointer(memory, 0))
+
+    def staging(self) -> Staging:
+        raise MemoryNotShared("memory of a GPU has no staging: it ends with its process")
+
+    def open_staging(self, handle: SharedHandle) -> Staging:
+        raise MemoryNotShared("memory of a GPU has no staging: it ends with its process")
+
+    def give_back_staging(self) -> None:
+        pass
 
     def move_arena(self) -> DeviceNDArray:
         old, self._arena = self._arena, self.allocate(self._arena.nbytes)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
 from dsml_gpu.memory.shared import SharedHandle
+
+if TYPE_CHECKING:
+    from dsml_gpu.memory.staging import Staging
 
 #: A one-dimensional uint8 array in device memory: numpy.ndarray or cupy.ndarray. CuPy cannot be imported everywhere, so its
 #: type has no name here.
@@ -46,10 +49,14 @@ class DeviceMemory(Protocol):
 
     Attributes:
         lends_staged: `stage` gives memory that is used again after `release`; otherwise it is the bytes themselves.
+        has_staging: an arena of `allocate_arena` has a staging behind it (`memory.staging`), which outlives the process.
     """
 
     @property
     def lends_staged(self) -> bool: ...
+
+    @property
+    def has_staging(self) -> bool: ...
 
     def allocate(self, nbytes: int) -> DeviceNDArray:
         """Zeroed memory. Raises MemoryError."""
@@ -66,6 +73,15 @@ class DeviceMemory(Protocol):
         Raises:
             MemoryNotShared: it cannot be opened from here; the message says why.
         """
+
+    def staging(self) -> Staging:
+        """What is behind the arena. Raises MemoryNotShared where there is nothing."""
+
+    def open_staging(self, handle: SharedHandle) -> Staging:
+        """What is behind the arena of a device of another process. Raises MemoryNotShared as `open_shared`."""
+
+    def give_back_staging(self) -> None:
+        """Gives the memory of results that were staged back to the system. Nobody may need them."""
 
     def move_arena(self) -> DeviceNDArray:
         """Takes the arena's contents to fresh memory, which nobody else has open; gives the arena that is used from now on.

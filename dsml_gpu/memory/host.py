@@ -9,7 +9,12 @@ import numpy as np
 
 from dsml_gpu.errors import MemoryNotShared
 from dsml_gpu.memory.device_memory import HostBytes, Mark
-from dsml_gpu.memory.shared import SharedHandle, SharedRange, can_share, open_shared
+from dsml_gpu.memory.shared import SharedHandle, SharedRange, can_share, open_shared, open_staging
+from dsml_gpu.memory.staging import HEADER_BYTES, Staging
+
+_PAGE_BYTES = 4096
+#: Of the staging, beyond the size of the arena: its header, and what is lost between results.
+_MORE_STAGING_BYTES = 4 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,9 +34,11 @@ class HostMemory:
     """See `DeviceMemory`."""
 
     lends_staged = False
+    has_staging = can_share()
 
     def __init__(self) -> None:
         self._shared: SharedRange | None = None
+        self._staging: Staging | None = None
 
     def allocate(self, nbytes: int) -> np.ndarray:
         """Pages are committed by the system when they are touched."""
@@ -47,7 +54,10 @@ class HostMemory:
     def allocate_arena(self, nbytes: int) -> np.ndarray:
         if not can_share():
             return self.allocate(nbytes)
-        self._shared = SharedRange(nbytes)
+        # Address space only, until something is staged: the results of passes over the whole arena, and gaps between them.
+        self._shared = SharedRange(nbytes, nbytes // _PAGE_BYTES * _PAGE_BYTES + _MORE_STAGING_BYTES)
+        self._staging = Staging(self._shared.staging)
+        self._staging.is_present = True
         return self._shared.array
 
     def share(self) -> SharedHandle:
@@ -57,9 +67,22 @@ class HostMemory:
         return open_shared(handle)
 
     def move_arena(self) -> np.ndarray:
-        arena = self._arena()
+        arena, staging = self._arena(), self.staging()
+        staging.is_present = False  # where it was
         arena.move()
+        staging.is_present = True
         return arena.array
+
+    def staging(self) -> Staging:
+        self._arena()
+        assert self._staging is not None
+        return self._staging
+
+    def open_staging(self, handle: SharedHandle) -> Staging:
+        return Staging(open_staging(handle))
+
+    def give_back_staging(self) -> None:
+        self._arena().give_back_staging(HEADER_BYTES)
 
     def _arena(self) -> SharedRange:
         if self._shared is None:

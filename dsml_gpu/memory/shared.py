@@ -32,6 +32,8 @@ from dsml_gpu.errors import MemoryNotShared
 
 #: Ranges of the file begin at multiples of this, the size of a large page, which also is one of every page size there is.
 _ALIGNMENT = 2 << 20
+#: The staging behind an arena begins at a multiple of this.
+_PAGE_BYTES = 4096
 #: How much `SharedRange.move` has twice at a time.
 _MOVED_AT_ONCE = 64 << 20
 
@@ -51,6 +53,7 @@ class SharedHandle:
         boot_id: of the kernel.
         pid, fd, token, offset: of memory on the host; 0 and empty for memory of a GPU.
         cuda_ipc_handle: of memory of a GPU; empty for memory on the host.
+        staging_bytes: size of the staging behind the memory; 0: there is none.
     """
 
     nbytes: int
@@ -60,6 +63,12 @@ class SharedHandle:
     token: str = ""
     offset: int = 0
     cuda_ipc_handle: bytes = b""
+    staging_bytes: int = 0
+
+    @property
+    def total_bytes(self) -> int:
+        """Of the range that is mapped: the memory, and its staging."""
+        return _total(self.nbytes, self.staging_bytes)
 
     @classmethod
     def of_message(cls, message: Any) -> SharedHandle:
@@ -72,6 +81,7 @@ class SharedHandle:
             token=message.token,
             offset=message.offset,
             cuda_ipc_handle=message.cudaIpcHandle,
+            staging_bytes=message.stagingBytes,
         )
 
 
@@ -94,31 +104,47 @@ class SharedRange:
 
     Args:
         nbytes: size.
+        staging_bytes: size of the staging behind it.
 
     Attributes:
-        array: the memory, as uint8. The pages are given back when nothing refers to it any more.
+        array: the memory, as uint8. The pages are given back when nothing refers to it, or its staging, any more.
+        staging: what is behind it, as uint8.
 
     Raises:
         MemoryError: on construction, where there is not so much address space.
     """
 
-    def __init__(self, nbytes: int) -> None:
+    def __init__(self, nbytes: int, staging_bytes: int = 0) -> None:
         self._file = _file()
-        offset = self._file.reserve(nbytes)
-        address = _map(self._file.fd, nbytes, offset)
-        self.array, owner = _array_at(address, nbytes)
+        total = _total(nbytes, staging_bytes)
+        offset = self._file.reserve(total)
+        address = _map(self._file.fd, total, offset)
+        whole, owner = _array_at(address, total)
+        self.array, self.staging = whole[:nbytes], whole[total - staging_bytes :]
         self._address = address
-        self._nbytes = nbytes
+        self._nbytes = total
         #: Offsets of where it is (the last) and was: who has opened it there may still write, and so take memory.
         self._places = [offset]
         self._moving = threading.Lock()
-        _when_unused(owner, _release, self._file, address, nbytes, self._places)
+        _when_unused(owner, _release, self._file, address, total, self._places)
 
     def handle(self) -> SharedHandle:
         """What others open it with."""
         return SharedHandle(
-            self._nbytes, boot_id(), pid=os.getpid(), fd=self._file.fd, token=self._file.token, offset=self._places[-1]
+            self.array.nbytes,
+            boot_id(),
+            pid=os.getpid(),
+            fd=self._file.fd,
+            token=self._file.token,
+            offset=self._places[-1],
+            staging_bytes=self.staging.nbytes,
         )
+
+    def give_back_staging(self, start: int) -> None:
+        """Gives the memory of the staging from `start` on back to the system; it reads as zeros from then on."""
+        with self._moving:
+            first = self._places[-1] + self._nbytes - self.staging.nbytes + start
+            self._file.give_back(first, self.staging.nbytes - start)
 
     def move(self) -> None:
         """Takes the contents to fresh memory, where nobody has opened them; views of `array` stay what they are.
@@ -155,6 +181,22 @@ def open_shared(handle: SharedHandle) -> np.ndarray:
     Raises:
         MemoryNotShared: it cannot be opened from here; the message says why.
     """
+    whole = _whole(handle)
+    with _opening:
+        known = _arenas.get(handle)
+        if known is None:
+            known = _arenas[handle] = whole[: handle.nbytes]
+        return known
+
+
+def open_staging(handle: SharedHandle) -> np.ndarray:
+    """The staging behind the same memory, as `open_shared`. Raises MemoryNotShared, also where there is none."""
+    if handle.staging_bytes == 0:
+        raise MemoryNotShared("it has no staging")
+    return _whole(handle)[handle.total_bytes - handle.staging_bytes :]
+
+
+def _whole(handle: SharedHandle) -> np.ndarray:
     if not can_share():
         raise MemoryNotShared(f"{sys.platform} has no memfd")
     if handle.cuda_ipc_handle:
@@ -168,8 +210,11 @@ def open_shared(handle: SharedHandle) -> np.ndarray:
         return known
 
 
-#: What is open already, so that two communicators with the same devices share the mapping and its page tables.
+#: What is open already, so that two communicators with the same devices share the mapping and its page tables. A view of
+#: such an array keeps it, also when the process that it is of is gone.
 _opened: weakref.WeakValueDictionary[SharedHandle, np.ndarray] = weakref.WeakValueDictionary()
+#: The views of them that are without the staging.
+_arenas: weakref.WeakValueDictionary[SharedHandle, np.ndarray] = weakref.WeakValueDictionary()
 _opening = threading.Lock()
 
 
@@ -183,15 +228,15 @@ def _open(handle: SharedHandle) -> np.ndarray:
     except OSError as error:
         raise MemoryNotShared(f"{path}: {error.strerror}") from None
     try:
-        if os.fstat(fd).st_size < handle.offset + handle.nbytes:
-            raise MemoryNotShared(f"{path} is shorter than {handle.offset} + {handle.nbytes} bytes")
-        address = _map(fd, handle.nbytes, handle.offset)
+        if os.fstat(fd).st_size < handle.offset + handle.total_bytes:
+            raise MemoryNotShared(f"{path} is shorter than {handle.offset} + {handle.total_bytes} bytes")
+        address = _map(fd, handle.total_bytes, handle.offset)
     except MemoryError as error:
         raise MemoryNotShared(str(error)) from None
     finally:
         os.close(fd)
-    array, owner = _array_at(address, handle.nbytes)
-    _when_unused(owner, _libc().munmap, address, handle.nbytes)
+    array, owner = _array_at(address, handle.total_bytes)
+    _when_unused(owner, _libc().munmap, address, handle.total_bytes)
     return array
 
 
@@ -221,6 +266,10 @@ class _File:
         """Gives the memory of a range back to the system: its whole pages."""
         if os.getpid() == self._pid:  # what a fork of the process lets go of, the process still has
             _libc().fallocate(self.fd, _FALLOC_FL_PUNCH_HOLE | _FALLOC_FL_KEEP_SIZE, offset, nbytes)
+
+
+def _total(nbytes: int, staging_bytes: int) -> int:
+    return -(-nbytes // _PAGE_BYTES) * _PAGE_BYTES + staging_bytes if staging_bytes else nbytes
 
 
 def _aligned(nbytes: int) -> int:

@@ -84,21 +84,28 @@ class HostReducer:
     def is_ready(
         self, operator: Operator, dtype: np.dtype[Any], sources: int = 2, destinations: int = 1, *, weighted: bool = False
     ) -> bool:
-        if not self._compiles or not _numba_is_installed():
+        if not self._may_compile():
             return True
         if weighted and dtype.itemsize == 2 and dtype not in self._weighings:
             return False
         # Of a pair only the half types gain.
         return (operator.ufunc, dtype) in self._compiled or (sources + destinations <= 3 and dtype.itemsize != 2)
 
+    def _may_compile(self) -> bool:
+        return self._compiles and not _numpy_only and _numba_is_installed()
+
     def prepare(self, operator: Operator, dtype: np.dtype[Any], sources: int = 2, *, weighted: bool = False) -> None:
-        if not self._compiles or not _numba_is_installed():
+        if not self._may_compile():
             return
         key = operator.ufunc, dtype
         if key not in self._compiled:
             self._compiled[key] = _compile(*key)
         if weighted and dtype.itemsize == 2 and dtype not in self._weighings:
             self._weighings[dtype] = _compile_weighing(dtype)
+
+    def compiled(self, operator: Operator, dtype: np.dtype[Any]) -> _Compiled | None:
+        """The loop that `prepare` has compiled, if it has."""
+        return self._compiled.get((operator.ufunc, dtype))
 
     def reduce(
         self,
@@ -155,6 +162,21 @@ class HostReducer:
             for start in range(0, values.size, block):
                 part = slice(start, start + block)
                 out[part] = (values[part].astype(np.float32) * weight).astype(dtype)
+
+
+#: ``loop(addresses, nsources, nbytes, divisor)``, as `fast.Loop`.
+AddressLoop = Callable[[np.ndarray, int, int, int], None]
+
+
+def loop_of(reducer: object, operator: Operator, dtype: np.dtype[Any], nsources: int, divisor: int) -> AddressLoop | None:
+    """A compiled loop that does what `HostReducer.reduce` does, in one pass and without its checks; None: there is none.
+
+    The destinations are none of the sources.
+    """
+    if not isinstance(reducer, HostReducer) or not 2 <= nsources <= MAX_OPERANDS or (divisor > 1 and dtype.kind in "iu"):
+        return None
+    compiled = reducer.compiled(operator, dtype)
+    return compiled.loop if compiled is not None else None
 
 
 def _is_large_half(dtype: np.dtype[Any], source: np.ndarray) -> bool:
@@ -347,6 +369,20 @@ def _checked_size(sources: Sequence[np.ndarray], destinations: Sequence[np.ndarr
 def _address(array: np.ndarray) -> int:
     address: int = array.__array_interface__["data"][0]
     return address
+
+
+#: See `use_numpy_only`.
+_numpy_only = False
+
+
+def use_numpy_only() -> None:
+    """From now on this process compiles no reduction, as if numba were not installed.
+
+    Importing numba and compiling the first loop take about a second of one core, more than all the rest of a server that is
+    there for a few small collectives.
+    """
+    global _numpy_only
+    _numpy_only = True
 
 
 @cache

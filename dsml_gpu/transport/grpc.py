@@ -41,11 +41,18 @@ class Peer:
 
     def __init__(self, address: str) -> None:
         self._address = address
-        self._channel = grpc.aio.insecure_channel(address, options=channel_options())
+        # Its own connection: another channel's could be one that is not tried again for a while.
+        options = [*channel_options(), ("grpc.use_local_subchannel_pool", 1)]
+        self._channel = grpc.aio.insecure_channel(address, options=options)
         #: Of GPUDevice, over gRPC.
         self.stub = device_stub(self._channel)
         self._data: DataConnection | None = None
         self._connecting: asyncio.Task[None] | None = None
+
+    @property
+    def put_off(self) -> bool:
+        """It could not connect, and does not try again for a while: calls fail until then."""
+        return self._channel.get_state() is grpc.ChannelConnectivity.TRANSIENT_FAILURE
 
     def stream_send(self, by_grpc: bool = False) -> OutgoingStream | DataStream:
         """Begins a StreamSend call.
@@ -86,6 +93,7 @@ class ChannelPool:
 
     def __init__(self) -> None:
         self._peers: dict[str, Peer] = {}
+        self._closing: set[asyncio.Task[None]] = set()
 
     def stub(self, address: str) -> Any:
         """The GPUDevice stub of a server."""
@@ -93,15 +101,23 @@ class ChannelPool:
 
     def peer(self, address: str) -> Peer:
         """A server, for streams."""
-        if address not in self._peers:
-            self._peers[address] = Peer(address)
-        return self._peers[address]
+        peer = self._peers.get(address)
+        if peer is not None and peer.put_off:
+            # Who asks for it takes the server to be there: it may be another one, at the same place.
+            closing = asyncio.ensure_future(peer.close())
+            self._closing.add(closing)
+            closing.add_done_callback(self._closing.discard)
+            peer = None
+        if peer is None:
+            peer = self._peers[address] = Peer(address)
+        return peer
 
     async def close(self) -> None:
         """Closes all connections; calls on them end with CANCELLED."""
         peers, self._peers = self._peers, {}
         for peer in peers.values():
             await peer.close()
+        await asyncio.gather(*self._closing)
 
 
 class _EndedEarlyError(DsmlError):

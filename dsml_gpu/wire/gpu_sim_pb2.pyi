@@ -241,10 +241,12 @@ class QuiesceRequest(_message.Message):
     def __init__(self, commId: _Optional[int] = ..., deviceId: _Optional[int] = ..., round: _Optional[int] = ..., settlement: _Optional[_Union[QuiesceRequest.Settlement, str]] = ...) -> None: ...
 
 class QuiesceResponse(_message.Message):
-    __slots__ = ("waits",)
+    __slots__ = ("waits", "unsettledRound")
     WAITS_FIELD_NUMBER: _ClassVar[int]
+    UNSETTLEDROUND_FIELD_NUMBER: _ClassVar[int]
     waits: _containers.RepeatedCompositeFieldContainer[Wait]
-    def __init__(self, waits: _Optional[_Iterable[_Union[Wait, _Mapping]]] = ...) -> None: ...
+    unsettledRound: int
+    def __init__(self, waits: _Optional[_Iterable[_Union[Wait, _Mapping]]] = ..., unsettledRound: _Optional[int] = ...) -> None: ...
 
 class Wait(_message.Message):
     __slots__ = ("rank", "chunk", "step", "steps", "waitedMs", "sends", "operation")
@@ -616,10 +618,14 @@ class ExecuteRequest(_message.Message):
         PREPARE: _ClassVar[ExecuteRequest.Phase]
         COMMIT: _ClassVar[ExecuteRequest.Phase]
         RESUME: _ClassVar[ExecuteRequest.Phase]
+        PIECES: _ClassVar[ExecuteRequest.Phase]
+        RESUME_PIECES: _ClassVar[ExecuteRequest.Phase]
     RUN: ExecuteRequest.Phase
     PREPARE: ExecuteRequest.Phase
     COMMIT: ExecuteRequest.Phase
     RESUME: ExecuteRequest.Phase
+    PIECES: ExecuteRequest.Phase
+    RESUME_PIECES: ExecuteRequest.Phase
     COMMID_FIELD_NUMBER: _ClassVar[int]
     DEVICEID_FIELD_NUMBER: _ClassVar[int]
     PROGRAMS_FIELD_NUMBER: _ClassVar[int]

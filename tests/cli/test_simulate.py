@@ -223,6 +223,7 @@ def test_all_algorithms_by_default() -> None:
     assert heading.split()[3:-1] == ["ring", "binomial_tree", "scatter_all_gather", "direct"]
 
 
+@pytest.mark.alone
 @pytest.mark.skipif(not hasattr(os, "wait4"), reason="the system does not say what a process has used")
 def test_65536_ranks_take_less_than_10_seconds_and_2_gigabytes() -> None:
     process = subprocess.Popen(

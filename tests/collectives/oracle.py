@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import reduce
+from functools import lru_cache, reduce
 from typing import Any
 
 import numpy as np
@@ -22,6 +22,8 @@ REDUCING = {"all_reduce", "reduce", "reduce_scatter"}
 ROOTED = {"reduce", "broadcast", "gather", "scatter"}
 #: Bytes between buffers, and what they hold.
 _GAP, _GUARD = 16, 0xA5
+#: Arrays of up to so many elements are kept for whoever asks again.
+_KEPT_COUNT = 1024
 
 
 @dataclass(frozen=True)
@@ -63,8 +65,7 @@ class Memory:
 
     def put(self, values: np.ndarray) -> int:
         """A new buffer that holds `values` before and after; returns its address."""
-        while len(self.before) % max(8, values.itemsize):
-            self._append(bytes([_GUARD]))
+        self._append(bytes([_GUARD]) * (-len(self.before) % max(8, values.itemsize)))
         addr = len(self.before)
         self._append(values.tobytes())
         self._append(bytes([_GUARD]) * _GAP)
@@ -84,10 +85,23 @@ class Memory:
 
 
 def values_for(dtype: np.dtype[Any], op: str, count: int, seed: Sequence[int]) -> np.ndarray:
-    """Small whole numbers, so that every order of summation gives the same exact result in every type."""
-    generator = np.random.default_rng(seed)
+    """Small whole numbers, so that every order of summation gives the same exact result in every type.
+
+    Not to be written to: others may get the same array.
+    """
     low, high = (1, 3) if op == "PROD" else (0, 8) if dtype.kind == "u" else (-7, 8)
-    return generator.integers(low, high, count).astype(dtype)
+    # The same few are asked for again and again: for each algorithm, operator and place. Large ones would fill memory.
+    draw = _kept if count <= _KEPT_COUNT else _drawn
+    return draw(dtype, low, high, count, tuple(seed))
+
+
+def _drawn(dtype: np.dtype[Any], low: int, high: int, count: int, seed: tuple[int, ...]) -> np.ndarray:
+    values = np.random.default_rng(seed).integers(low, high, count).astype(dtype)
+    values.flags.writeable = False
+    return values
+
+
+_kept = lru_cache(maxsize=1 << 14)(_drawn)
 
 
 def reduced(arrays: Sequence[np.ndarray], op: str, weights: Sequence[float] = ()) -> np.ndarray:

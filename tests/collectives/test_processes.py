@@ -39,7 +39,7 @@ ROOTS: dict[str, Callable[[int], int]] = {
 
 
 @pytest.fixture(scope="module")
-def fleets() -> Iterator[dict[int, Client]]:
+def fleets(compiling_servers: None) -> Iterator[dict[int, Client]]:
     """A fleet of three device processes and one of four, by their number of ranks."""
     memory = ["--memory", "256MiB"]
     with (

@@ -19,6 +19,7 @@ import pytest
 from dsml_gpu.coordinator.journal import Journal, JournalUnusable, MemoryJournal, open_journal
 from dsml_gpu.coordinator.records import (
     MAX_OUTCOMES,
+    Begun,
     KnownCommunicator,
     KnownServer,
     Member,
@@ -35,8 +36,9 @@ LARGEST = (1 << 64) - 1
 #: Of one process that writes; starting it takes most of it.
 LIMIT_S = 30.0
 COMM = KnownCommunicator(5, transport=2, on_failure=1)
-MEMBERS = (Member(1, "10.0.0.5:50051", "uid-1"), Member(LARGEST, "[::1]:50051", "ü:2"))
-ROUND = Round(5, LARGEST, 1, False, {0: b"", 3: b"\x00:17:\xff"}, "a key", "Collective", b"answer")
+MEMBERS = (Member(1, "10.0.0.5:50051", "uid-1", 0), Member(LARGEST, "[::1]:50051", "ü:2", 7, embedded=True))
+ROUND = Round(5, "a key", LARGEST, 3, 1 << 63, b"\x00:17:\xff")
+BEGUN = Begun(5, "a key", LARGEST, 3, (b"", b"3:\x00"))
 OUTCOME = Outcome("a key", 5, "Collective", b"\x00\xff")
 
 
@@ -63,7 +65,8 @@ def test_a_new_journal_is_empty(path: Path | None) -> None:
 def test_all_that_is_recorded_is_there_again(path: Path | None) -> None:
     journal = open_journal(path)
     servers = (KnownServer("10.0.0.5:50051", registered=False), KnownServer("[::1]:50051", registered=True))
-    comms = (COMM, KnownCommunicator(LARGEST - 1, 0, 3, finalized=True, checkpoint="s3://bücket/x"))
+    seats = (0, 12, 3)
+    comms = (COMM, KnownCommunicator(LARGEST - 1, 0, 3, finalized=True, checkpoint="s3://bücket/x", checkpoint_seats=seats))
     memberships = (Membership(5, 1, MEMBERS), Membership(5, 2, MEMBERS[1:]), Membership(6, 1, ()))
     refused = Outcome("other", 0, "CommInit", refused=Refused("NOT_FOUND", "DEVICE_NOT_FOUND", "no device 7\0"))
     for server in servers:
@@ -72,7 +75,11 @@ def test_all_that_is_recorded_is_there_again(path: Path | None) -> None:
         journal.put_communicator(comm)
     for membership in memberships:
         journal.put_membership(membership)
-    journal.put_round(ROUND)
+    rounds = (replace(ROUND, key=""), ROUND, replace(ROUND, comm_id=LARGEST))
+    for one_round in (ROUND, *rounds):  # one that is put again is the newest
+        journal.put_round(one_round)
+    for begun in (replace(BEGUN, calls=1), BEGUN, replace(BEGUN, comm_id=6, requests=())):
+        journal.put_begun(begun)
     for outcome in (OUTCOME, refused):
         journal.put_outcome(outcome)
     again = reopened(journal, path)
@@ -80,7 +87,8 @@ def test_all_that_is_recorded_is_there_again(path: Path | None) -> None:
     assert recovered.servers == servers
     assert set(recovered.communicators) == set(comms)
     assert recovered.memberships == memberships
-    assert recovered.rounds == (ROUND,)
+    assert recovered.rounds == rounds
+    assert recovered.begun == (BEGUN, replace(BEGUN, comm_id=6, requests=()))
     assert recovered.outcomes == (OUTCOME, refused)
     again.close()
 
@@ -93,19 +101,19 @@ def test_what_is_recorded_again_replaces_what_was_there(path: Path | None) -> No
     journal.put_communicator(COMM)
     journal.put_membership(Membership(5, 1, MEMBERS))
     journal.put_communicator(finalized)
-    committing = replace(ROUND, committing=True)
+    later = replace(ROUND, number=4, calls=5)
     journal.put_round(ROUND)
-    journal.put_round(committing)
-    expected = Recovered((KnownServer("a:1", registered=True),), (finalized,), (Membership(5, 1, MEMBERS),), (committing,))
+    journal.put_round(later)
+    expected = Recovered((KnownServer("a:1", registered=True),), (finalized,), (Membership(5, 1, MEMBERS),), (later,))
     journal = reopened(journal, path)
     assert journal.load() == expected
-    journal.settle_round(5)
-    journal.settle_round(6)
-    journal.change_communicator(5, checkpoint="/some/folder")
+    journal.forget_round(5, ROUND.key)
+    journal.forget_round(5, "another")
+    journal.change_communicator(5, checkpoint=("/some/folder", (1, 0)))
     journal.change_communicator(5, finalized=False)
     journal.change_communicator(6, finalized=True)
     journal = reopened(journal, path)
-    changed = replace(COMM, checkpoint="/some/folder")
+    changed = replace(COMM, checkpoint="/some/folder", checkpoint_seats=(1, 0))
     assert journal.load() == replace(expected, rounds=(), communicators=(changed,))
     journal.close()
 
@@ -118,6 +126,7 @@ def test_what_is_forgotten_is_not_there_again(path: Path | None) -> None:
         journal.put_membership(membership)
         journal.put_round(one_round)
     journal.put_outcome(OUTCOME)
+    journal.put_begun(BEGUN)
     journal.put_server(KnownServer("a:1", registered=True))
     journal.forget_communicator(5)
     journal.forget_server("a:1")
@@ -172,12 +181,13 @@ def record(journal: Journal, number: int) -> None:
             journal.put_communicator(KnownCommunicator(comm_id, 1, epoch))
             journal.put_membership(Membership(comm_id, epoch % 5, MEMBERS * (number % 3)))
     elif kind == 1:
-        journal.put_round(Round(comm_id, number, epoch, False, dict.fromkeys(range(4), b"x" * (number % 997))))
+        journal.put_round(Round(comm_id, f"key {number % 5}", number, epoch, 3, b"x" * (number % 997)))
+        journal.put_begun(Begun(comm_id, "", number, epoch, (b"z",) * (number % 3)))
     elif kind == 2:
         journal.put_server(KnownServer(f"10.0.0.{number % 250}:1", bool(number % 4)))
     elif kind == 3:
         with journal.together():
-            journal.settle_round((number - 2) % 7)
+            journal.forget_round((number - 2) % 7, f"key {(number - 2) % 5}")
             journal.put_outcome(Outcome(f"key {number}", comm_id, "Collective", b"y" * (number % 301)))
     elif kind == 4:
         journal.put_outcome(Outcome(f"key {number}", 0, "Malloc", refused=Refused("NOT_FOUND", "X", str(number))))
@@ -199,8 +209,8 @@ def comparable(recovered: Recovered) -> tuple[object, ...]:
     return {*recovered.servers}, {*recovered.communicators}, recovered.memberships, _by_comm(recovered), newest
 
 
-def _by_comm(recovered: Recovered) -> dict[int, Round]:
-    return {one_round.comm_id: one_round for one_round in recovered.rounds}
+def _by_comm(recovered: Recovered) -> dict[int, list[Round]]:
+    return {comm_id: [one for one in recovered.rounds if one.comm_id == comm_id] for comm_id in range(7)}
 
 
 @pytest.mark.parametrize(
@@ -282,9 +292,40 @@ def test_a_newer_version_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "state"
     open_journal(path).close()
     newer = sqlite3.connect(path)
-    newer.execute("PRAGMA user_version = 2")
+    newer.execute("PRAGMA user_version = 3")
     newer.close()
-    refused(path, "is of version 2, of a newer dsml-gpu; this one knows up to 1")
+    refused(path, "is of version 3, of a newer dsml-gpu; this one knows up to 2")
+
+
+def test_an_older_version_is_brought_up(tmp_path: Path) -> None:
+    """Its communicators cannot be resumed; servers and outcomes are as they were."""
+    path = tmp_path / "state"
+    journal = open_journal(path)
+    journal.put_server(KnownServer("a:1", registered=True))
+    journal.put_outcome(OUTCOME)
+    journal.close()
+    older = sqlite3.connect(path)
+    older.executescript(
+        """
+        DROP TABLE communicators; DROP TABLE memberships; DROP TABLE rounds; DROP TABLE begun;
+        PRAGMA user_version = 1;
+        CREATE TABLE communicators (
+            comm_id INTEGER PRIMARY KEY, transport INTEGER, on_failure INTEGER, finalized INTEGER, checkpoint TEXT,
+            crc INTEGER
+        );
+        CREATE TABLE memberships (comm_id INTEGER, epoch INTEGER, members BLOB, crc INTEGER, PRIMARY KEY (comm_id, epoch));
+        CREATE TABLE rounds (
+            comm_id INTEGER PRIMARY KEY, number INTEGER, epoch INTEGER, committing INTEGER, requests BLOB,
+            idempotency_key TEXT, method TEXT, answer BLOB, crc INTEGER
+        );
+        INSERT INTO communicators VALUES (5, 2, 1, 0, '', 0);
+        """
+    )
+    older.close()
+    for _ in range(2):
+        journal = open_journal(path)
+        assert journal.load() == Recovered(servers=(KnownServer("a:1", registered=True),), outcomes=(OUTCOME,))
+        journal.close()
 
 
 def filled(path: Path) -> Recovered:
@@ -319,7 +360,7 @@ def test_a_damaged_file_is_refused_or_what_it_was(tmp_path: Path) -> None:
         found = loaded(path)
         assert found in (expected, None), f"byte {at}"
         nrefused += found is None
-    assert nrefused > 100
+    assert nrefused > 80
 
 
 @pytest.mark.parametrize("keep", [0.02, 0.5, 0.9])

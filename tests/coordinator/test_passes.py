@@ -306,6 +306,43 @@ def test_many_calls_that_do_not_touch_each_other_are_one_round_of_all_workers() 
     assert [sum(one.count for one in share) for share in one_round.work.values()] == [15 * MIB] * 2
 
 
+def phase_and_staged(*calls: CollectiveCall) -> tuple[str, list[list[bool]]]:
+    (one_round,) = rounds_of(calls, TEAM, 64 * MIB)
+    staged = [[one.HasField("staged") for one in share] for share in one_round.work.values()]
+    return pb.ExecuteRequest.Phase.Name(one_round.phase), staged
+
+
+def test_what_is_staged_and_how_a_round_is_run_so_that_others_can_go_on() -> None:
+    small, large = 8000, 16 * MIB
+    assert phase_and_staged(all_reduce(small, [0, 0])) == ("RUN", [[True]])
+    assert phase_and_staged(all_reduce(small, [0, 0], [small, small])) == ("RUN", [[False]])
+    # The second reads what the first one writes, the third nothing of theirs.
+    chain = (
+        all_reduce(small, [0, 0], [small, small]),
+        all_reduce(small, [small, small], [2 * small, 2 * small]),
+        all_reduce(small, [3 * small, 3 * small], [4 * small, 4 * small]),
+    )
+    assert phase_and_staged(*chain) == ("RUN", [[True, True, False]])
+    assert phase_and_staged(all_reduce(large, [0, 0], [large, large])) == ("COMMIT", [[False], [False]])
+    assert phase_and_staged(all_reduce(large, [0, 0])) == ("PIECES", [[False], [False]])
+    # What is written is read at another distance, or by another pass.
+    across = [Pass(pb.FLOAT64, pb.SUM, 800, ((0, 0), (1, 0)), ((0, 8),))]
+    after = [Pass(pb.FLOAT64, pb.SUM, 800, ((0, start), (1, start)), ((0, start + 800),)) for start in (0, 800)]
+    for some in (across, after):
+        marked, phase = passes.with_staging(some, small=False)
+        assert (phase, [one.needs_staging for one in marked]) == (pb.ExecuteRequest.RUN, [True] * len(some))
+
+
+def test_results_that_do_not_fit_in_a_staging_are_rounds_of_their_own() -> None:
+    calls = [all_reduce(8000, [0, 0])] * 10
+    runs = passes.runs_of(calls, 4096 + 3 * 8192)
+    assert [len(run) for run in runs] == [3, 3, 3, 1]
+    for run in runs:
+        (one_round,) = rounds_of(tuple(run), TEAM, 4096 + 3 * 8192)
+        places = [(one.staged.rank, one.staged.addr) for one in one_round.work[0]]
+        assert places == [(0, 4096 + 8000 * number) for number in range(len(run))]
+
+
 def test_a_call_in_which_nothing_moves_is_no_round() -> None:
     assert rounds_of((all_reduce(0, [0, 0]),), TEAM) == ()
     assert rounds_of((all_reduce(800, [0]),), Team(1, 2)) == ()

@@ -13,6 +13,10 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+import pytest
+
+pytestmark = pytest.mark.alone
+
 RUNS = 5
 
 

@@ -394,6 +394,7 @@ def test_slices_of_nothing_are_refused() -> None:
         links_only(all_reduce("ring", 4), KB, slice_bytes=0)
 
 
+@pytest.mark.alone
 def test_it_is_fast() -> None:
     """8 events for each message, at 10 us each; some 1 us on a quiet machine."""
     schedule, topology = all_reduce("ring", 16), on_one_host(16, cores=2)

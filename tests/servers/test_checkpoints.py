@@ -84,6 +84,7 @@ def test_from_processes_to_fewer_processes(tmp_path: Path):
             np.testing.assert_array_equal(array.get(), part)
 
 
+@pytest.mark.alone
 def test_heartbeats_go_on_while_memory_is_copied_and_files_are_written(tmp_path: Path):
     nbytes = 384 * MIB
     with ServerProcess("device", "--memory", "512MiB") as server, rpc_to(server.address) as rpc:

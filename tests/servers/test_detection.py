@@ -27,6 +27,8 @@ from tests.support.processes import run_to_end, running, wait_until
 from tests.support.rpc import CALL_TIMEOUT_S, all_reduce_on, all_reduce_works, assert_refused, rpc_to
 from tests.support.traffic import Traffic
 
+pytestmark = pytest.mark.alone
+
 #: The processor is shared with as many times more processes than there are cores.
 OVERSUBSCRIPTION = 4
 

@@ -331,7 +331,7 @@ def test_groups_of_two_communicators_are_apart(server: Rpc, comm: pb.CommInitRes
 
 @pytest.mark.parametrize("blocking", [True, False])
 def test_a_group_that_fails_says_why_in_the_status(blocking: bool):
-    with Fleet(2, ["--memory", "16MiB"]) as fleet, rpc_to(fleet.address) as rpc:
+    with Fleet(2, ["--memory", "16MiB"], ["--on-failure", "fail"]) as fleet, rpc_to(fleet.address) as rpc:
         comm = rpc.comm_init(2)
         all_reduce_on(rpc, comm)
         group = Group(rpc, comm)

@@ -348,7 +348,8 @@ def test_metrics_count_operations(tmp_path: Path, free_port: int):
         ServerProcess("device") as one,
         ServerProcess("device") as two,
         running(
-            tmp_path, "coordinator", "--device", one.address, "--device", two.address, "--metrics-port", str(free_port)
+            *(tmp_path, "coordinator", "--device", one.address, "--device", two.address, "--on-failure", "fail"),
+            *("--metrics-port", str(free_port)),
         ) as server,
         rpc_to(server.address) as rpc,
     ):

@@ -15,6 +15,8 @@ from dsml_gpu.wire import gpu_sim_pb2 as pb
 from tests.support.processes import run_to_end, running
 from tests.support.rpc import CALL_TIMEOUT_S, Rpc, ring, rpc_to
 
+pytestmark = pytest.mark.alone
+
 LATENCY_S = 0.02
 BYTES_PER_S = 10e6
 LINK = ("--link-latency", "20ms", "--link-bandwidth", "80Mbit/s")

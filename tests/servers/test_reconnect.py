@@ -8,7 +8,7 @@ import socket
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +19,11 @@ import pytest
 import dsml_gpu
 from dsml_gpu import Client, Communicator, DeviceArray, errors
 from dsml_gpu.cli.fleet import Fleet, ServerProcess
-from dsml_gpu.coordinator.journal import open_journal
-from dsml_gpu.coordinator.records import Recovered
 from dsml_gpu.wire import gpu_sim_pb2 as pb
 from dsml_gpu.wire.blocking_lane import BlockingLanes
 from dsml_gpu.wire.lane import CANCEL, HEADER, REQUEST, can_have_lanes, request_payload
-from tests.support.faulty import command_with
-from tests.support.processes import COMMAND, Running, run_to_end, running, wait_until
+from tests.support.coordinators import Coordinators
+from tests.support.processes import run_to_end, wait_until
 from tests.support.rpc import MIB, assert_refused, failure_of, rpc_to
 
 #: Of one call, however often it is tried; the starts of two servers take most of it.
@@ -39,60 +37,6 @@ def devices() -> Iterator[list[ServerProcess]]:
     with ExitStack() as stack:
         options = ["--memory", "16MiB"]
         yield [stack.enter_context(ServerProcess("device", "--id", str(number), *options)) for number in (1, 2)]
-
-
-class Coordinators:
-    """One coordinator after the other, at one port, over the same devices.
-
-    Attributes:
-        state: file of their journal; None: they forget all.
-    """
-
-    def __init__(self, folder: Path, devices: list[ServerProcess], state: Path | None) -> None:
-        self._folder = folder
-        self.state = state
-        self._options = [option for device in devices for option in ("--device", device.address)]
-        self._options += ["--state", str(state)] if state else []
-        self._processes = ExitStack()
-        self._faults = folder / "faults"
-        self.now: Running
-        self.port = "0"
-
-    @property
-    def address(self) -> str:
-        return self.now.address
-
-    @property
-    def faults(self) -> str:
-        """The faults that have happened."""
-        return self._faults.read_text() if self._faults.exists() else ""
-
-    def start(self, fault: str = "") -> None:
-        """Starts the next one.
-
-        Args:
-            fault: that it is to have.
-        """
-        command = command_with(fault, self._faults) if fault else COMMAND
-        options = [*self._options, "--port", self.port]
-        self.now = self._processes.enter_context(running(self._folder, "coordinator", *options, command=command))
-        self.port = self.address.rpartition(":")[2]
-
-    def kill(self) -> None:
-        self.now.process.kill()
-        self.now.process.wait()
-
-    def ends(self) -> None:
-        """Waits for the end that a fault brings it."""
-        assert self.now.ends() == -signal.SIGKILL
-
-    def stop(self) -> None:
-        self._processes.close()
-
-    def journal(self) -> Recovered:
-        """What the journal has, when no coordinator has it."""
-        with closing(open_journal(self.state)) as journal:
-            return journal.load()
 
 
 @pytest.fixture

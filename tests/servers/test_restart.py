@@ -17,6 +17,7 @@ from dsml_gpu.cli.fleet import Fleet
 from dsml_gpu.errors import CommNotReady, PeerUnavailable, RanksLost
 from dsml_gpu.wire import gpu_sim_pb2 as pb
 from tests.support.faults import kill
+from tests.support.processes import running
 from tests.support.rpc import Rpc, ring, rpc_to
 
 ELEMENTS = 60_000
@@ -196,6 +197,32 @@ def waiting_for_device(client: dsml_gpu.Client, device_id: int) -> Iterator[None
         assert time.monotonic() < limit, "it does not come back"
         threading.Event().wait(0.02)
     yield
+
+
+def test_a_server_that_was_started_again_is_reached_by_its_peers_at_once(tmp_path: Path) -> None:
+    """gRPC puts the next attempt to connect off, which is for nobody to wait for where somebody has just answered."""
+    dies = ("--failpoint", "execute.begin:kill@device=2,skip=1")
+    with running(tmp_path, "device", "--id", "1") as one, running(tmp_path, "device", "--id", "2", *dies) as two:
+        options = ["--device", one.address, "--device", two.address, "--transport", "grpc", "--embedded", "0"]
+        with (
+            running(tmp_path, "coordinator", *options) as coordinator,
+            dsml_gpu.connect(coordinator.address) as client,
+        ):
+            comm = client.communicator(2)
+            arrays = comm.array([np.ones(ELEMENTS)] * 2)
+            comm.all_reduce(arrays, algorithm="ring")
+            comm.all_reduce(arrays, algorithm="ring")
+            assert two.process.wait(20) == -signal.SIGKILL
+            comm.close()
+            with (
+                running(tmp_path, "device", "--id", "2", "--port", two.address.rpartition(":")[2]),
+                waiting_for_device(client, 2),
+                client.communicator(2) as again,
+            ):
+                arrays = again.array([np.ones(ELEMENTS)] * 2)
+                result = again.all_reduce(arrays, algorithm="ring")
+                assert result is not None
+                assert {*result.device_ids} == {1, 2}
 
 
 def test_a_closed_communicator_stays_closed() -> None:

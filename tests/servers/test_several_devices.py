@@ -209,7 +209,9 @@ def world(tmp_path: Path) -> Iterator[World]:
     with (
         serving(tmp_path, "--id", "1", *TWO_GPUS, *timeouts) as one,
         serving(tmp_path, "--id", "11", *TWO_GPUS, *timeouts) as other,
-        running(tmp_path, "coordinator", "--device", one.address, "--device", other.address, *timeouts) as coordinator,
+        running(
+            tmp_path, "coordinator", *("--device", one.address, "--device", other.address), *timeouts, "--on-failure", "fail"
+        ) as coordinator,
         rpc_to(coordinator.address) as rpc,
     ):
         yield World(tmp_path, one, other, coordinator, rpc)

@@ -25,9 +25,9 @@ from dsml_gpu.reduction import DTYPES
 from dsml_gpu.schedules import COLLECTIVES
 from dsml_gpu.wire import gpu_sim_pb2 as pb
 from tests.collectives.oracle import OPS, REDUCING, ROOTED, Case, Memory, layout
-from tests.support.faults import fail_within, frozen, kill
+from tests.support.faults import frozen, kill
 from tests.support.processes import running, wait_until
-from tests.support.rpc import CALL_TIMEOUT_S, MIB, Rpc, refusal_of, rpc_to
+from tests.support.rpc import CALL_TIMEOUT_S, MIB, Rpc, rpc_to
 
 #: The end of a process is known at once; this is for a loaded machine.
 PROMPTLY_S = 2.0
@@ -379,23 +379,15 @@ def _freeze_in_the_middle(world: World, comm: pb.CommInitResponse, others: Seque
     while not watched[0] and time.monotonic() - started < CALL_TIMEOUT_S:
         pass
     with frozen(rank0):
-        written = int(np.argmin(watched[: watched.size // 3]))  # rank 0 has at least the first third
-        assert written > 0, "the whole part is done: too late for this test"
-        assert not watched[watched.size // 3 - 1]
-        error = fail_within(future.result, GIVEN_UP_S)
-        # No heartbeats, or the round's own deadline, whichever is first.
-        assert refusal_of(error) in ("PEER_UNAVAILABLE", "OPERATION_TIMEOUT")
-        assert "rank 0" in error.details()
-        assert name_of(rank0, 1) in error.details()
-
-        # What the others hold is what it was, somewhere else.
+        assert not watched[watched.size // 3 - 1], "the whole part is done: too late for this test"
+        future.result(GIVEN_UP_S)
+        # One of the others has done its part, and what they hold is somewhere else.
         now = {rank: world.memory(rank) for rank in (1, 2)}
         for rank in (1, 2):
             assert now[rank] is not before[rank]
             assert (now[rank][:LARGE].view(F16) == rank + 1).all()
             result = now[rank][output].view(F16)
-            assert (result[:written] == 6).all()
-            assert not result[written + MIB : watched.size // 3].any()
+            assert (result == 6).all()
             assert not before[rank].any(), "its memory was given back"
         # They are used as before, also in communicators that were there already; and they get other contents.
         for other in others:
@@ -422,7 +414,7 @@ def all_reduce_by(rpc: Rpc, comm: pb.CommInitResponse, addr: int = 200 * MIB) ->
         np.testing.assert_array_equal(values, np.full(1000, nranks * (nranks + 1) / 2))
 
 
-def test_a_device_that_dies_in_the_middle_is_named_at_once(short_world: World) -> None:
+def test_what_a_device_leaves_behind_that_dies_in_the_middle_others_do_at_once(short_world: World) -> None:
     rpc = short_world.rpc
     comm, pair = rpc.comm_init(3), rpc.comm_init(2, deviceIds=[2, 3])
     memories = [short_world.memory(rank) for rank in range(3)]
@@ -433,16 +425,15 @@ def test_a_device_that_dies_in_the_middle_is_named_at_once(short_world: World) -
     wait_until(lambda: bool(watched[0]), "the beginning of the operation")
     kill(short_world.fleet.devices[0])
     assert not future.done(), "too fast for this test"
-    error = fail_within(future.result, PROMPTLY_S)
-    assert (error.code().name, refusal_of(error)) == ("UNAVAILABLE", "PEER_UNAVAILABLE")
-    assert name_of(short_world.fleet.devices[0], 1) in error.details()
+    future.result(PROMPTLY_S)
     all_reduce_by(rpc, pair)
     for rank in (1, 2):
         assert (short_world.memory(rank)[:LARGE].view(F16) == 1).all()
+        assert (short_world.memory(rank)[LARGE : 2 * LARGE].view(F16) == 3).all()
 
 
-def test_one_who_gives_up_an_operation_stops_it(world: World) -> None:
-    """The ranks do not go on to write to what the caller uses again."""
+def test_one_who_gives_up_an_operation_gets_it_as_a_whole_or_not_at_all(world: World) -> None:
+    """When it has ended the ranks do not go on to write to what the caller uses again."""
     with world.rpc.comm(3) as comm:
         memories = [world.memory(rank) for rank in range(3)]
         for memory in memories:

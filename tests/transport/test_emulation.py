@@ -324,6 +324,7 @@ async def network(settings: LinkSettings) -> AsyncIterator[Network]:
         await service.close()
 
 
+@pytest.mark.alone
 def test_one_flow_has_the_bandwidth_and_the_latency_once() -> None:
     async def scenario() -> None:
         async with network(LinkSettings(1.0, 1 * MIB)) as net:
@@ -335,6 +336,7 @@ def test_one_flow_has_the_bandwidth_and_the_latency_once() -> None:
     asyncio.run(scenario())
 
 
+@pytest.mark.alone
 def test_latency_does_not_limit_bandwidth() -> None:
     async def scenario() -> None:
         async with network(LinkSettings(0.1, 50 * MIB)) as net:
@@ -345,6 +347,7 @@ def test_latency_does_not_limit_bandwidth() -> None:
     asyncio.run(scenario())
 
 
+@pytest.mark.alone
 def test_messages_smaller_than_a_wake_up_is_precise_have_the_bandwidth_too() -> None:
     async def scenario() -> None:
         async with network(LinkSettings(0, 10 * MIB)) as net:
@@ -355,6 +358,7 @@ def test_messages_smaller_than_a_wake_up_is_precise_have_the_bandwidth_too() -> 
     asyncio.run(scenario())
 
 
+@pytest.mark.alone
 def test_lateness_does_not_add_up() -> None:
     """Whoever is told late that a message has left still sends the next one behind it as if told in time."""
 
@@ -377,6 +381,7 @@ def test_lateness_does_not_add_up() -> None:
     asyncio.run(scenario())
 
 
+@pytest.mark.alone
 def test_two_senders_into_one_receiver_take_twice_as_long() -> None:
     async def scenario() -> None:
         async with network(LinkSettings(1e-3, 5 * MIB)) as net:
@@ -391,6 +396,7 @@ def test_two_senders_into_one_receiver_take_twice_as_long() -> None:
     asyncio.run(scenario())
 
 
+@pytest.mark.alone
 def test_one_sender_to_two_receivers_takes_twice_as_long() -> None:
     async def scenario() -> None:
         async with network(LinkSettings(1e-3, 5 * MIB)) as net:
@@ -403,6 +409,7 @@ def test_one_sender_to_two_receivers_takes_twice_as_long() -> None:
     asyncio.run(scenario())
 
 
+@pytest.mark.alone
 def test_sending_and_receiving_do_not_share() -> None:
     async def scenario() -> None:
         async with network(LinkSettings(0, 1 * MIB)) as net:
@@ -414,6 +421,7 @@ def test_sending_and_receiving_do_not_share() -> None:
     asyncio.run(scenario())
 
 
+@pytest.mark.alone
 def test_what_came_before_its_receiver_counts_from_when_it_came() -> None:
     async def scenario() -> None:
         async with network(LinkSettings(0, 1 * MIB)) as net:
