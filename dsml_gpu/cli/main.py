@@ -242,8 +242,8 @@ def coordinator(
     atomic: Annotated[
         bool,
         typer.Option(
-            help="Have a collective over gRPC that fails leave all buffers as they were. It costs memory for what is "
-            "overwritten, while the collective runs."
+            help="Have a collective that fails leave all buffers as they were, and run again on the devices that are left. "
+            "It costs memory for what is overwritten, while the collective runs."
         ),
     ] = True,
     on_failure: Annotated[

@@ -408,6 +408,7 @@ def _random_call(nranks: int, generator: random.Random) -> CollectiveCall:
     return call_of(pb.CollectiveRequest(kind=kind, dtype="UINT8", counts=[count], buffers=buffers), nranks)
 
 
+@pytest.mark.alone
 def test_a_group_of_thousands_is_planned_while_others_wait() -> None:
     """The event loop of the coordinator stands still meanwhile."""
     calls = tuple(all_reduce(2048, [number * 4096] * 4) for number in range(4000))
