@@ -53,6 +53,11 @@ class Device:
         self.max_addr: int = metadata.maxMemAddr.value
         self._shared = SharedCopies(self._connection, self.device_id, self.backend)
 
+    @property
+    def identity(self) -> tuple[int, str]:
+        """Which device it is, in which process: one whose server was restarted is another one, and empty."""
+        return self.device_id, self.metadata.processUid
+
     def empty(self, shape: int | tuple[int, ...], dtype: Any = np.float64) -> DeviceArray:
         """A new array; its contents are undefined.
 

@@ -27,19 +27,22 @@ class Members:
         return len(self.devices)
 
     @property
-    def device_ids(self) -> list[int]:
-        return [device.device_id for device in self.devices]
+    def identities(self) -> list[tuple[int, str]]:
+        """See `Device.identity`."""
+        return [device.identity for device in self.devices]
 
     def rank_of(self, array: DeviceArray) -> int | None:
         """The rank that an array is on; None: none."""
-        device_ids = self.device_ids
-        return device_ids.index(array.device.device_id) if array.device.device_id in device_ids else None
+        identities = self.identities
+        return identities.index(array.device.identity) if array.device.identity in identities else None
 
     def require_on(self, array: DeviceArray, rank: int) -> None:
         """Raises RankMismatch unless an array is on a rank's device."""
-        if array.device.device_id != self.devices[rank].device_id:
+        device = self.devices[rank]
+        if array.device.identity != device.identity:
+            before = ", as it was before its server was restarted" if array.device.device_id == device.device_id else ""
             raise RankMismatch(
-                f"rank {rank} is device {self.devices[rank].device_id}, but its array is on device {array.device.device_id}"
+                f"rank {rank} is device {device.device_id}, but its array is on device {array.device.device_id}{before}"
             )
 
 
@@ -65,9 +68,9 @@ class Epochs:
         Raises:
             RankMismatch: there is none; the message is about the present one.
         """
-        device_ids = [array.device.device_id for array in arrays]
+        identities = [array.device.identity for array in arrays]
         for members in reversed(self._known.values()):
-            if device_ids == members.device_ids:
+            if identities == members.identities:
                 return members
         if len(arrays) != self.present.nranks:
             what = f"array {name!r}" if name else "array"
@@ -78,8 +81,8 @@ class Epochs:
 
     def of_all(self, arrays: Iterable[DeviceArray]) -> Members:
         """The latest epoch that has the devices of all arrays; the present one where there is none."""
-        device_ids = {array.device.device_id for array in arrays}
-        found = (members for members in reversed(self._known.values()) if device_ids <= set(members.device_ids))
+        identities = {array.device.identity for array in arrays}
+        found = (members for members in reversed(self._known.values()) if identities <= set(members.identities))
         return next(found, self.present)
 
     def hear(self, result: pb.CollectiveResult, ask: Callable[[], pb.GetCommStatusResponse]) -> None:
@@ -105,8 +108,8 @@ class Epochs:
 
     def grown(self, epoch: int, metadatas: Iterable[pb.DeviceMetadata]) -> None:
         """The communicator has taken devices in."""
-        known = {device.device_id: device for device in self.present.devices}
-        self.begin(epoch, [known.get(one.deviceId.value) or self._make(one) for one in metadatas])
+        known = {device.identity: device for device in self.present.devices}
+        self.begin(epoch, [known.get((one.deviceId.value, one.processUid)) or self._make(one) for one in metadatas])
 
     def begin(self, epoch: int, devices: Iterable[Device]) -> None:
         """The communicator is in an epoch from now on."""
@@ -115,5 +118,5 @@ class Epochs:
     def left(self, arrays: Sequence[DeviceArray], name: str) -> list[DeviceArray]:
         """Those of the arrays that are on the present devices. Raises RankMismatch as `of`."""
         self.of(arrays, name)
-        present = set(self.present.device_ids)
-        return [array for array in arrays if array.device.device_id in present]
+        present = set(self.present.identities)
+        return [array for array in arrays if array.device.identity in present]

@@ -280,6 +280,13 @@ class Communicator:
                 f"a communicator has at most {plan.MAX_RANKS} ranks; {number} more than {self.epoch.nranks} were asked for"
             )
 
+    async def leave_lost_behind(self) -> None:
+        """Goes on without devices that are lost, as the next operation would. Raises PeerUnavailable where it cannot."""
+        async with Turn(self.handles, self._settings.operation_timeout_s):
+            gone = self._ranks.gone()
+            if gone:
+                await self._go_on_after(gone, [])
+
     async def grow(self, handles: Sequence[DeviceHandle]) -> None:
         """Takes in devices, which get the ranks behind the last one, after what was issued before.
 
@@ -289,9 +296,6 @@ class Communicator:
         self.check_growing(len(handles))
         async with Turn([*self.handles, *handles], self._settings.operation_timeout_s):
             self.check_growing(len(handles))
-            gone = self._ranks.gone()
-            if gone:
-                self._go_on_without(gone)
             next_seat = self._epochs.next_seat
             before = self._seated()
             self._begin_epoch(before | dict(enumerate(handles, next_seat)))

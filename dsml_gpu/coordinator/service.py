@@ -205,6 +205,7 @@ class CoordinatorService:
         comm = self._comm(request.commId)
         _check_number(request)
         comm.check_growing(request.numDevices)
+        await comm.leave_lost_behind()  # a device that was restarted may come in anew
         named = {handle.device_id for handle in comm.handles} & set(request.deviceIds)
         if named:
             raise InvalidValue(f"device {min(named)} is in communicator {comm.comm_id} already")

@@ -196,6 +196,28 @@ def test_devices_come_into_a_live_communicator_and_leave_it_between_operations(t
     assert two.stderr == ""
 
 
+def test_a_device_that_was_restarted_comes_in_anew_and_has_forgotten_everything(tmp_path: Path) -> None:
+    with (
+        running(tmp_path, *ALONE) as coordinator,
+        running(tmp_path, *device(1, coordinator.address)),
+        running(tmp_path, *device(2, coordinator.address)) as two,
+        dsml_gpu.connect(coordinator.address) as client,
+    ):
+        wait_until(lambda: len(client.devices()) == 2, "both devices")
+        comm = client.communicator(device_ids=[1, 2])
+        before = comm.array([np.ones(8)] * 2)
+        two.ends(signal.SIGKILL)
+        with running(tmp_path, *device(2, coordinator.address), "--port", two.address.rpartition(":")[2]):
+            wait_until(lambda: len(client.devices()) == 2, "the return")
+            comm.grow(device_ids=[2])
+            assert [one.device_id for one in comm.devices] == [1, 2]
+            with pytest.raises(InvalidValue, match="2 ranks in epoch 3, of which epoch 1 knows 1"):
+                comm.all_reduce(before)
+            arrays = [before[0], comm.devices[1].array(np.ones(8))]
+            comm.all_reduce(arrays)
+            assert arrays[1].get().tolist() == [2.0] * 8
+
+
 def all_reduce_of(client: dsml_gpu.Client, device_ids: list[int]) -> None:
     with client.communicator(device_ids=device_ids) as comm:
         arrays = comm.array([np.ones(8)] * len(device_ids))
