@@ -12,7 +12,7 @@ from dsml_gpu.chaos.operations import Operation
 from dsml_gpu.errors import InvalidValue
 
 #: Places in a device server's code (`failpoints`) that an operation over shared memory passes, and one with slices.
-PASS_PLACES = ("execute.begin",)
+PASS_PLACES = ("execute.begin", "passes.staged", "passes.commit", "passes.committed")
 SLICE_PLACE = "execute.slice"
 PLACES = ("execute.begin", "execute.done", SLICE_PLACE, SLICE_PLACE)
 #: How often each collective is tried.
