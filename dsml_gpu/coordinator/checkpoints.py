@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import asyncio
 import math
-from collections.abc import AsyncGenerator, Coroutine, Sequence, Set
+from collections.abc import AsyncGenerator, Sequence, Set
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
 from dsml_gpu import failpoints
 from dsml_gpu.checkpoints.folders import Folder, check_url, folder_at
@@ -29,7 +29,7 @@ from dsml_gpu.checkpoints.manifest import (
 from dsml_gpu.checkpoints.resharding import Source, shapes_on, sources_of
 from dsml_gpu.checkpoints.shards import ArraySpec, header_of
 from dsml_gpu.checkpoints.threads import in_thread
-from dsml_gpu.coordinator.control_round import cancel
+from dsml_gpu.coordinator.control_round import all_or_first_error, cancel
 from dsml_gpu.coordinator.device_handle import DeviceHandle
 from dsml_gpu.coordinator.epochs import Epoch
 from dsml_gpu.coordinator.order import Turn
@@ -123,7 +123,7 @@ class Checkpoints:
                     saves = [_Save(handle, one) for handle, one in zip(handles, requests, strict=True)]
                     for save in saves:
                         stack.push_async_callback(save.close)
-                    await _all_or_first_error([save.copied() for save in saves])
+                    await all_or_first_error([save.copied() for save in saves])
                 yield pb.CheckpointProgress(bytesTotal=total, copied=True)
                 async for written in _progress(saves):
                     yield pb.CheckpointProgress(bytesWritten=written, bytesTotal=total, copied=True)
@@ -393,7 +393,7 @@ async def _load_all(handles: Sequence[DeviceHandle], requests: Sequence[pb.LoadS
         limit_s = _STORAGE_TIMEOUT_S + nbytes / _SLOWEST_STORAGE_BYTES_PER_S
         return int((await handle.call("LoadShard", request, limit_s)).numBytes)
 
-    return await _all_or_first_error(
+    return await all_or_first_error(
         [load(handle, request) for handle, request in zip(handles, requests, strict=True) if request.arrays]
     )
 
@@ -415,12 +415,3 @@ def _checked_url(url: str) -> str:
 
 def _nbytes(array: pb.ArrayRange) -> int:
     return math.prod(array.shape) * dtype_of(array.dtype).itemsize
-
-
-async def _all_or_first_error(work: Sequence[Coroutine[Any, Any, Any]]) -> list[Any]:
-    """The results of all; the first error cancels the others."""
-    tasks = [asyncio.ensure_future(one) for one in work]
-    try:
-        return list(await asyncio.gather(*tasks))
-    finally:
-        await cancel(tasks)

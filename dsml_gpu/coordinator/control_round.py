@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Coroutine, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol, cast
 
@@ -190,3 +190,12 @@ async def cancel(tasks: Sequence[asyncio.Task[Any]]) -> None:
         task.cancel()
     if unfinished:
         await asyncio.gather(*unfinished, return_exceptions=True)
+
+
+async def all_or_first_error(work: Sequence[Coroutine[Any, Any, Any]]) -> list[Any]:
+    """The results of all; the first error cancels the others."""
+    tasks = [asyncio.ensure_future(one) for one in work]
+    try:
+        return list(await asyncio.gather(*tasks))
+    finally:
+        await cancel(tasks)

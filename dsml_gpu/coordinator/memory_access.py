@@ -11,12 +11,11 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Coroutine, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 from dsml_gpu.coordinator import passes, plan
 from dsml_gpu.coordinator.call import CollectiveCall
-from dsml_gpu.coordinator.control_round import cancel
+from dsml_gpu.coordinator.control_round import all_or_first_error
 from dsml_gpu.coordinator.device_handle import DeviceHandle
 from dsml_gpu.errors import DsmlError, InvalidValue, MemoryNotShared, NoAnswer, PeerUnavailable
 from dsml_gpu.wire import gpu_sim_pb2 as pb
@@ -62,7 +61,7 @@ class MemoryAccess:
         self._joined_with = [handle.shared if opens else None for handle in handles]
         self._places = list(self._joined_with)
         self._staging_bytes = None
-        responses = await _all_or_first_error(
+        responses = await all_or_first_error(
             [
                 handle.call(
                     "JoinComm",
@@ -177,7 +176,7 @@ class MemoryAccess:
 
 async def _share(handles: Sequence[DeviceHandle]) -> str | None:
     """Asks devices where their memory can be opened; returns why one of them does not tell."""
-    reasons = await _all_or_first_error([_share_memory(handle) for handle in handles])
+    reasons = await all_or_first_error([_share_memory(handle) for handle in handles])
     return next((reason for reason in reasons if reason is not None), None)
 
 
@@ -206,11 +205,3 @@ async def _move_memory(handle: DeviceHandle) -> None:
         await handle.share_memory(move=True)
     except DsmlError as error:
         log.warning("the memory of %s did not move: %s", handle, error)
-
-
-async def _all_or_first_error(work: list[Coroutine[Any, Any, Any]]) -> list[Any]:
-    tasks = [asyncio.ensure_future(coroutine) for coroutine in work]
-    try:
-        return list(await asyncio.gather(*tasks))
-    finally:
-        await cancel(tasks)
