@@ -64,6 +64,11 @@ def order(fault: Fault) -> None:
     _ordered.setdefault(fault.place, []).append(fault)
 
 
+def are_ordered() -> bool:
+    """Whether any fault is. Otherwise code need not stop at its places."""
+    return any(_ordered.values())
+
+
 def reach(place: str, **where: object) -> None:
     """The code has come to a place.
 

@@ -126,7 +126,8 @@ def _piece_steps(
     passes = [pass_of(one, membership) for one in request.passes]
     own = membership.memory(membership.rank).staging
     owner = request.resumedRanks[0] if request.resumedRanks else membership.rank
-    pieces = Pieces(device.reducer, passes, request.round, owner, own, _stagings(membership), reach)
+    listener = reach if failpoints.are_ordered() else None
+    pieces = Pieces(device.reducer, passes, request.round, owner, own, _stagings(membership), listener)
     if request.phase == pb.ExecuteRequest.PIECES:
         return pieces.steps()
     return pieces.rest([membership.memory(rank).staging for rank in reversed(request.resumedRanks)])

@@ -10,6 +10,8 @@ destinations by any other one, also when the process is gone. The first page tel
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import numpy as np
 
 from dsml_gpu.errors import AddressOutOfRange
@@ -17,7 +19,19 @@ from dsml_gpu.memory.device_memory import DeviceNDArray
 
 #: What comes before results.
 HEADER_BYTES = 4096
-_ROUND, _COMPLETE, _PRESENT, _LOG_ROUND, _LOG_OWNER, _LOG_BEGUN = range(6)
+_ROUND, _COMPLETE, _PRESENT, _LOG_ROUND, _LOG_OWNER, _LOG_BEGUN, _LOG_PIECE_BYTES = range(7)
+
+
+class Log(NamedTuple):
+    """What a staging says of a rank's part of a round that is done in pieces.
+
+    Attributes:
+        begun: so many pieces are written, but for the last one, which is staged and may be half written.
+        piece_bytes: of each range of a piece.
+    """
+
+    begun: int
+    piece_bytes: int
 
 
 class Staging:
@@ -29,7 +43,7 @@ class Staging:
 
     def __init__(self, array: DeviceNDArray) -> None:
         self._array = array
-        self._header = memoryview(array[:48].view(np.uint64))  # which is faster than an array for single words
+        self._header = memoryview(array[:56].view(np.uint64))  # which is faster than an array for single words
 
     @property
     def nbytes(self) -> int:
@@ -67,21 +81,23 @@ class Staging:
         self._header[_ROUND] = 0
         return True
 
-    def begin_log(self, round_id: int, owner: int, begun: int) -> None:
+    def begin_log(self, round_id: int, owner: int, piece_bytes: int, begun: int = 0) -> None:
         """Pieces of a rank's part of a round are going to be written, the first so many of which are, or will be next."""
         self._header[_LOG_ROUND] = 0
         self._header[_LOG_OWNER] = owner
         self._header[_LOG_BEGUN] = begun
+        self._header[_LOG_PIECE_BYTES] = piece_bytes
         self._header[_LOG_ROUND] = round_id
 
     def log(self, begun: int) -> None:
         """So many pieces are begun, the last of which is staged."""
         self._header[_LOG_BEGUN] = begun
 
-    def logged(self, round_id: int, owner: int) -> int | None:
-        """How many pieces of a rank's part of a round are begun; None: this staging knows nothing of it."""
-        known = self._header[_LOG_ROUND] == round_id and self._header[_LOG_OWNER] == owner
-        return int(self._header[_LOG_BEGUN]) if known else None
+    def logged(self, round_id: int, owner: int) -> Log | None:
+        """How far a rank's part of a round has come; None: this staging knows nothing of it."""
+        if self._header[_LOG_ROUND] != round_id or self._header[_LOG_OWNER] != owner:
+            return None
+        return Log(self._header[_LOG_BEGUN], self._header[_LOG_PIECE_BYTES])
 
     @property
     def is_present(self) -> bool:
@@ -91,3 +107,18 @@ class Staging:
     @is_present.setter
     def is_present(self, present: bool) -> None:
         self._header[_PRESENT] = present
+
+    # For compiled code, which does the same.
+
+    @property
+    def log_address(self) -> int:
+        """Address of the word that `log` writes."""
+        return self._address_of(_LOG_BEGUN)
+
+    @property
+    def present_address(self) -> int:
+        """Address of the word that is 0 where `is_present` is False."""
+        return self._address_of(_PRESENT)
+
+    def _address_of(self, word: int) -> int:
+        return int(self._array.__array_interface__["data"][0]) + 8 * word

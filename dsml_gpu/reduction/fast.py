@@ -26,7 +26,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import ml_dtypes
@@ -36,11 +36,10 @@ from llvmlite import binding, ir
 from numba import types
 from numba.extending import intrinsic, models, register_model
 
+from dsml_gpu.reduction.fast_calls import ADDRESSES, LOOP, calls
+
 log = logging.getLogger(__name__)
 
-#: ``loop(addresses, nsources, nbytes, divisor)``: addresses of the sources and then of the destinations, as a uintp array;
-#: the divisor is an integer, and 1 where there is none. Releases the GIL.
-Loop = Callable[[np.ndarray, int, int, int], None]
 #: ``weigh(source, destination, weight)``: two uint8 arrays of the same size, the same memory or not overlapping, and a
 #: float32 that is none of the NaNs with something in the lower half. Releases the GIL.
 Weighing = Callable[[np.ndarray, np.ndarray, np.generic], None]
@@ -50,6 +49,27 @@ Weighing = Callable[[np.ndarray, np.ndarray, np.generic], None]
 _VECTOR_BYTES = 256
 
 _I16, _I32, _HALF, _FLOAT, _DOUBLE = ir.IntType(16), ir.IntType(32), ir.HalfType(), ir.FloatType(), ir.DoubleType()
+
+
+@dataclass(frozen=True, slots=True)
+class Loop:
+    """A reduction of any number of sources into any number of destinations. Neither function takes the GIL.
+
+    Attributes:
+        whole: ``whole(addresses, nsources, nbytes, divisor)``: addresses of the sources and then of the destinations, as a
+            uintp array; the divisor is an integer, and 1 where there is none. A destination may be a source.
+        in_pieces: ``in_pieces(addresses, nsources, nbytes, divisor, slots, nslots, piece_bytes, counter, counted, required)
+            -> counted``: the same, through `nslots` slots of `piece_bytes` each, from the address `slots`. When a piece is
+            in the slot of its number (modulo `nslots`), and none of the words at the addresses `required` (a uintp array)
+            is 0, the number of pieces is written to the word at the address `counter`, beginning with `counted` + 1; only
+            then is anything of the piece written to a destination. Ends early where a word is 0. Returns the last number.
+            Whoever shares the memory sees all of it in this order.
+        function: what both call.
+    """
+
+    whole: Callable[[np.ndarray, int, int, int], None]
+    in_pieces: Callable[[np.ndarray, int, int, int, int, int, int, int, int, np.ndarray], int]
+    function: Any
 
 
 @dataclass(frozen=True, slots=True)
@@ -214,7 +234,7 @@ def _multiplication(element: _Element, lanes: int) -> Any:
 
 
 def _define(dtype: np.dtype[Any], ufunc: str) -> Callable[..., None]:
-    """The loop of a reduction as numba takes it."""
+    """The loop of a reduction as numba takes it: a function of the type `LOOP`."""
     element = _ELEMENTS[dtype]
     itemsize = dtype.itemsize
     divides = element.kind == "f" and ufunc == "add"  # processors divide no vectors of integers
@@ -224,7 +244,7 @@ def _define(dtype: np.dtype[Any], ufunc: str) -> Callable[..., None]:
     load_one, store_one = _access(element, 1)
     combine_one, divide_one = _reductions(element, ufunc, 1)
 
-    def loop(addresses: Any, nsources: Any, nbytes: Any, divisor: Any) -> None:
+    def loop(addresses: Any, nsources: Any, ndestinations: Any, nbytes: Any, divisor: Any) -> None:
         count = nbytes // itemsize
         whole = count - count % wide
         for start in range(0, whole, wide):
@@ -234,7 +254,7 @@ def _define(dtype: np.dtype[Any], ufunc: str) -> Callable[..., None]:
                 vector = combine(vector, load(addresses[source] + offset))
             if divides and divisor != 1:
                 vector = divide(vector, divisor)
-            for destination in range(nsources, addresses.size):
+            for destination in range(nsources, nsources + ndestinations):
                 store(addresses[destination] + offset, vector)
         for index in range(whole, count):
             offset = np.uintp(index * itemsize)
@@ -243,7 +263,7 @@ def _define(dtype: np.dtype[Any], ufunc: str) -> Callable[..., None]:
                 one = combine_one(one, load_one(addresses[source] + offset))
             if divides and divisor != 1:
                 one = divide_one(one, divisor)
-            for destination in range(nsources, addresses.size):
+            for destination in range(nsources, nsources + ndestinations):
                 store_one(addresses[destination] + offset, one)
 
     return loop
@@ -283,9 +303,8 @@ def has_half_conversion() -> bool:
 
 _compiling = threading.Lock()
 #: By what they do and the type.
-_compiled: dict[tuple[str, np.dtype[Any]], Callable[..., None]] = {}
+_compiled: dict[tuple[str, np.dtype[Any]], Any] = {}
 
-_ADDRESSES = types.Array(types.uintp, 1, "C")
 _BYTES = types.Array(types.uint8, 1, "C", readonly=True)  # which a writable array is as well
 _WRITABLE_BYTES = types.Array(types.uint8, 1, "C")
 
@@ -295,19 +314,26 @@ def compiled_loop(ufunc: str, dtype: np.dtype[Any]) -> Loop | None:
 
     Blocks for a third of a second, for the first loop of a process a second. None where this processor cannot run it.
     """
-    signature = types.void(_ADDRESSES, types.intp, types.intp, types.intp)
-    return _compiled_once(f"reduction {ufunc}", dtype, signature, lambda: _define(dtype, ufunc))
+    loop: Loop | None = _compiled_once(f"reduction {ufunc}", dtype, lambda: _compile_loop(dtype, ufunc))
+    return loop
+
+
+def _compile_loop(dtype: np.dtype[Any], ufunc: str) -> Loop:
+    function = numba.cfunc(LOOP)(_define(dtype, ufunc))
+    whole, in_pieces = calls().whole, calls().in_pieces
+    return Loop(partial(whole, function.address), partial(in_pieces, function.address), function)
 
 
 def compiled_weighing(dtype: np.dtype[Any]) -> Weighing | None:
     """The multiplication of float16 or bfloat16 by a weight; otherwise as `compiled_loop`."""
     signature = types.void(_BYTES, _WRITABLE_BYTES, types.float32)
-    return _compiled_once("multiplication by a weight", dtype, signature, lambda: _define_weighing(dtype))
+    compile_it = numba.njit(signature, nogil=True)
+    what = "multiplication by a weight"
+    weighing: Weighing | None = _compiled_once(what, dtype, lambda: compile_it(_define_weighing(dtype)))
+    return weighing
 
 
-def _compiled_once(
-    what: str, dtype: np.dtype[Any], signature: Any, define: Callable[[], Callable[..., None]]
-) -> Callable[..., None] | None:
+def _compiled_once(what: str, dtype: np.dtype[Any], compile_it: Callable[[], Any]) -> Any:
     if dtype == np.float16 and not has_half_conversion():
         log.info("float16 reductions are left to numpy: this processor has no instructions that convert float16")
         return None
@@ -315,7 +341,7 @@ def _compiled_once(
         function = _compiled.get((what, dtype))
         if function is None:
             started = time.perf_counter()
-            function = numba.njit(signature, nogil=True)(define())
+            function = compile_it()
             log.info("compiled the %s of %s in %.2f s", what, dtype, time.perf_counter() - started)
             _compiled[what, dtype] = function
     return function
@@ -351,5 +377,5 @@ def address_functions() -> Addresses:
         return addresses
 
     return Addresses(
-        of=numba.njit(types.uintp(_BYTES))(of), of_three=numba.njit(_ADDRESSES(_BYTES, _BYTES, _BYTES))(of_three)
+        of=numba.njit(types.uintp(_BYTES))(of), of_three=numba.njit(ADDRESSES(_BYTES, _BYTES, _BYTES))(of_three)
     )

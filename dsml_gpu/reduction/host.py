@@ -127,7 +127,7 @@ class HostReducer:
         if compiled is not None and divisor > 1 and dtype.kind in "iu":
             compiled = None  # it has no integer division
         if compiled is not None and pair:
-            compiled.loop(compiled.addresses.of_three(*sources, *destinations), 2, nbytes, divisor)
+            compiled.loop.whole(compiled.addresses.of_three(*sources, *destinations), 2, nbytes, divisor)
             return
         aliases = _aliases(sources, destinations, _address if compiled is None else compiled.addresses.of)
         passes = plan_passes(len(sources), aliases)
@@ -164,15 +164,8 @@ class HostReducer:
                 out[part] = (values[part].astype(np.float32) * weight).astype(dtype)
 
 
-#: ``loop(addresses, nsources, nbytes, divisor)``, as `fast.Loop`.
-AddressLoop = Callable[[np.ndarray, int, int, int], None]
-
-
-def loop_of(reducer: object, operator: Operator, dtype: np.dtype[Any], nsources: int, divisor: int) -> AddressLoop | None:
-    """A compiled loop that does what `HostReducer.reduce` does, in one pass and without its checks; None: there is none.
-
-    The destinations are none of the sources.
-    """
+def loop_of(reducer: object, operator: Operator, dtype: np.dtype[Any], nsources: int, divisor: int) -> Loop | None:
+    """A compiled loop that does what `HostReducer.reduce` does, in one pass and without its checks; None: there is none."""
     if not isinstance(reducer, HostReducer) or not 2 <= nsources <= MAX_OPERANDS or (divisor > 1 and dtype.kind in "iu"):
         return None
     compiled = reducer.compiled(operator, dtype)
@@ -199,7 +192,7 @@ class _Compiled:
         scratch: _Scratch,
     ) -> None:
         addresses = np.array([self.addresses.of(array) for array in (*sources, *destinations)], np.uintp)
-        self.loop(addresses, len(sources), sources[0].nbytes, divisor)
+        self.loop.whole(addresses, len(sources), sources[0].nbytes, divisor)
 
 
 def _aliases(

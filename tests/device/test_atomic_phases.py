@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import multiprocessing
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from multiprocessing.connection import Connection
 
 import numpy as np
 import pytest
@@ -17,8 +19,8 @@ from dsml_gpu.device.pieces import Pieces
 from dsml_gpu.errors import AddressOutOfRange, MemoryNotShared, OperationAborted
 from dsml_gpu.memory.arena import Arena, OpenedArena
 from dsml_gpu.memory.backend import NUMPY
-from dsml_gpu.memory.shared import can_share
-from dsml_gpu.memory.staging import HEADER_BYTES, Staging
+from dsml_gpu.memory.shared import SharedHandle, can_share, open_shared, open_staging
+from dsml_gpu.memory.staging import HEADER_BYTES, Log, Staging
 from dsml_gpu.reduction import DTYPES, OPERATORS
 from dsml_gpu.wire import gpu_sim_pb2 as pb
 from tests.support.processes import wait_until
@@ -36,9 +38,11 @@ ROUND = 77
 class Ranks:
     """Devices of one process, each with a part of its memory that the passes are over."""
 
-    devices: list[Device] = field(
-        default_factory=lambda: [Device(rank + 1, Arena(4 * MIB, NUMPY)) for rank in range(NRANKS)]
-    )
+    nbytes: int = 4 * MIB
+    devices: list[Device] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.devices = [Device(rank + 1, Arena(self.nbytes, NUMPY)) for rank in range(NRANKS)]
 
     def membership(self, rank: int) -> Membership:
         peers = tuple(Peer(other, other + 1, "", True) for other in range(NRANKS))
@@ -123,15 +127,10 @@ def dies_after(steps: int) -> Callable[[str], None]:
     return reach
 
 
-@pytest.mark.parametrize("compiled", [True, False], ids=["compiled", "numpy"])
 @pytest.mark.parametrize("deaths", [(0,), (1,), (2,), (7,), (3, 0), (3, 1), (4, 2, 1), (0, 0, 0)], ids=str)
-def test_pieces_go_on_wherever_those_before_have_died(
-    monkeypatch: pytest.MonkeyPatch, compiled: bool, deaths: tuple[int, ...]
-) -> None:
-    """A place is reached when a piece is counted, and when it is written."""
+def test_pieces_go_on_wherever_those_before_have_died(monkeypatch: pytest.MonkeyPatch, deaths: tuple[int, ...]) -> None:
+    """A place is reached when a piece is counted, and when it is written. The last one goes on by a compiled loop."""
     monkeypatch.setattr(pieces, "PIECE_BYTES", 512)
-    if not compiled:
-        monkeypatch.setattr(pieces, "loop_of", lambda *arguments: None)
     ranks = Ranks()
     elements = 64 * 5 + 7
     for rank in range(NRANKS):
@@ -141,7 +140,8 @@ def test_pieces_go_on_wherever_those_before_have_died(
     passes = [Pass(U64, SUM, everywhere, everywhere)]
     for number, steps in enumerate((*deaths, 1000)):
         own = ranks.staging(number % NRANKS)
-        part = Pieces(ranks.devices[0].reducer, passes, ROUND, 0, own, [own], dies_after(steps))
+        reach = dies_after(steps) if steps < 1000 else None
+        part = Pieces(ranks.devices[0].reducer, passes, ROUND, 0, own, [own], reach)
         # The one that goes on is never one of those before.
         logs = [ranks.staging(other) for other in reversed(range(max(number - NRANKS + 1, 0), number))]
         work = part.rest(logs) if number else part.steps()
@@ -174,7 +174,7 @@ def test_a_piece_that_a_waking_rank_still_counts_is_taken_from_its_staging(monke
         def __init__(self) -> None:
             self.looks = 0
 
-        def logged(self, round_id: int, of: int) -> int | None:
+        def logged(self, round_id: int, of: int) -> Log | None:
             self.looks += 1
             begun = owner.logged(round_id, of)
             if self.looks == 1:
@@ -186,10 +186,72 @@ def test_a_piece_that_a_waking_rank_still_counts_is_taken_from_its_staging(monke
         def view(self, offset: int, nbytes: int) -> np.ndarray:
             return np.asarray(owner.view(offset, nbytes))
 
-    part = Pieces(reducer, passes, ROUND, 0, heir, [heir], lambda place: None)
+    part = Pieces(reducer, passes, ROUND, 0, heir, [heir])
     asyncio.run(run_passes(ranks.devices[2], part.rest([Waking()])))  # type: ignore[list-item]
     for rank in range(2):
         assert (ranks.memory(rank, 0, elements) == 3).all()
+
+
+def test_compiled_pieces_end_where_memory_has_moved() -> None:
+    ranks = Ranks()
+    ranks.devices[0].reducer.prepare(SUM, U64, 2)
+    both = tuple(ranks.devices[rank].arena.view(0, MIB) for rank in range(2))
+    own, other = ranks.staging(0), ranks.staging(1)
+    steps = Pieces(ranks.devices[0].reducer, [Pass(U64, SUM, both, both)], ROUND, 0, own, [own, other]).steps()
+    both[1][:] = 7
+    other.is_present = False
+    with pytest.raises(OperationAborted, match="has moved"):
+        asyncio.run(run_passes(ranks.devices[0], steps))
+    assert own.logged(ROUND, 0) == (0, pieces.COMPILED_PIECE_BYTES)
+    assert not both[0].any()
+    assert (both[1] == 7).all()
+
+
+def all_pieces_of(handles: list[SharedHandle], ready: Connection) -> None:
+    """Does the part of rank 0, in a process that is killed meanwhile."""
+    opened = [open_shared(handle)[:-8] for handle in handles]
+    own = Staging(open_staging(handles[0]))
+    device = Device(1, Arena(4 * MIB, NUMPY))
+    device.reducer.prepare(SUM, U64, NRANKS)
+    ready.send("ready")
+    steps = Pieces(device.reducer, [Pass(U64, SUM, tuple(opened), tuple(opened))], ROUND, 0, own, [own]).steps()
+    asyncio.run(run_passes(device, steps))
+
+
+@pytest.mark.parametrize("part", [0, 0.3, 0.9])
+def test_pieces_of_a_killed_process_are_gone_on_with(part: float) -> None:
+    """By compiled loops on both sides, and killed wherever it happens to be."""
+    nbytes = 64 * MIB
+    ranks = Ranks(nbytes)
+    elements = nbytes // 8 - 1
+    expected = np.arange(elements, dtype=np.uint64) * np.uint64(111)
+    for rank in range(NRANKS):
+        ranks.memory(rank, 0, elements)[:] = np.arange(elements, dtype=np.uint64) * np.uint64(10**rank)
+    handles = [device.arena.share() for device in ranks.devices]
+    owner = ranks.staging(0)
+    total = -(-8 * elements // pieces.COMPILED_PIECE_BYTES)
+    context = multiprocessing.get_context("spawn")
+    here, there = context.Pipe()
+    process = context.Process(target=all_pieces_of, args=(handles, there), daemon=True)
+    process.start()
+    assert here.poll(60)
+    assert here.recv() == "ready"
+    log = None
+    while log is None or log.begun <= part * total:
+        log = owner.logged(ROUND, 0)
+    process.kill()
+    process.join(20)
+    log = owner.logged(ROUND, 0)
+    assert log is not None
+    assert 0 < log.begun < total, "it was not killed in the middle"
+    everywhere = tuple(ranks.devices[rank].arena.view(0, 8 * elements) for rank in range(NRANKS))
+    reducer = ranks.devices[2].reducer
+    reducer.prepare(SUM, U64, NRANKS)
+    heir = ranks.staging(2)
+    rest = Pieces(reducer, [Pass(U64, SUM, everywhere, everywhere)], ROUND, 0, heir, [heir]).rest([owner])
+    asyncio.run(run_passes(ranks.devices[2], rest))
+    for rank in range(NRANKS):
+        np.testing.assert_array_equal(ranks.memory(rank, 0, elements), expected)
 
 
 def test_what_was_staged_is_given_back_when_it_is_settled_and_nothing_follows(monkeypatch: pytest.MonkeyPatch) -> None:

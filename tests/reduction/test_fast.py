@@ -167,7 +167,8 @@ def test_nothing_is_contracted(dtype_name: str) -> None:
     """A fused multiply-add would round once where numpy and the GPU round twice."""
     for ufunc in ("add", "multiply"):
         loop = fast.compiled_loop(ufunc, DTYPES[dtype_name])
-        (assembly,) = loop.inspect_asm().values()
+        assert loop is not None
+        assembly = loop.function._library.get_asm_str()
         assert len(assembly) > 1000
         assert "fmadd" not in assembly
         assert "fmla" not in assembly
