@@ -38,6 +38,9 @@ log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
+#: By rank: a request that is under way.
+_Attempt = Mapping[int, "asyncio.Task[pb.ExecuteResponse]"]
+
 #: What ranks have staged or kept beyond this is dropped soon when a round has ended well, otherwise with the next one.
 _KEPT_BYTES = 1 << 20
 
@@ -152,23 +155,35 @@ class PassRounds:
         parts = [_Part(owner, work, _RESUMED[phase]) for owner, work in one_round.work.items()]
         requests = {part.owner: self._request(part.owner, part.work, round=round_id, phase=phase) for part in parts}
         begin(requests.values())
-        return await _to_its_end(self._finish(one_round, round_id, parts, requests, limit_s))
+        attempt = self._begin(requests)
+        clock = asyncio.get_running_loop().time
+        deadline_s = clock() + limit_s
+        try:
+            await asyncio.wait(attempt.values(), timeout=limit_s)
+        except asyncio.CancelledError:
+            await _to_its_end(self._finish(round_id, parts, requests, attempt, deadline_s - clock(), limit_s))
+            raise
+        finally:
+            if one_round.staged_bytes > _KEPT_BYTES:
+                self._to_settle.append(requests)
+        # Where all is well, as nearly always, that takes no task of its own.
+        if all(task.done() and not task.cancelled() and task.exception() is None for task in attempt.values()):
+            return sum(task.result().bytesSent for task in attempt.values())
+        return await _to_its_end(self._finish(round_id, parts, requests, attempt, 0, limit_s))
 
     async def _finish(
         self,
-        one_round: passes.Round,
         round_id: int,
         parts: Sequence[_Part],
         requests: Mapping[int, pb.ExecuteRequest],
+        attempt: _Attempt,
+        left_s: float,
         limit_s: float,
     ) -> int:
-        """Runs what is left of a round, to its end; then what was staged is not needed any more."""
-        moved, errors = await self._attempt(requests, limit_s)
+        """Runs what is left of a round, to its end: for `left_s`, and then for `limit_s` by each who goes on with it."""
+        moved, errors = await self._answers(requests, attempt, left_s)
         if errors:
             moved += await self._roll_forward(round_id, [part for part in parts if part.owner in errors], errors, limit_s)
-        if one_round.staged_bytes > _KEPT_BYTES:
-            left = {rank: request for rank, request in requests.items() if not self._handles[rank].lost}
-            self._to_settle.append(left)
         return moved
 
     async def finish(self, requests: Sequence[pb.ExecuteRequest]) -> bool:
@@ -195,16 +210,20 @@ class PassRounds:
             return False
         return True
 
-    async def _attempt(self, requests: Mapping[int, pb.ExecuteRequest], limit_s: float) -> tuple[int, dict[int, DsmlError]]:
+    def _begin(self, requests: Mapping[int, pb.ExecuteRequest]) -> _Attempt:
+        return {rank: asyncio.ensure_future(execute(rank, self._handles[rank], one)) for rank, one in requests.items()}
+
+    async def _answers(
+        self, requests: Mapping[int, pb.ExecuteRequest], attempt: _Attempt, limit_s: float
+    ) -> tuple[int, dict[int, DsmlError]]:
         """Returns, when all have ended, the bytes that those moved who did it, and what the others failed with."""
-        tasks = {rank: asyncio.ensure_future(execute(rank, self._handles[rank], one)) for rank, one in requests.items()}
         try:
-            await asyncio.wait(tasks.values(), timeout=limit_s)
+            await asyncio.wait(attempt.values(), timeout=limit_s)
         finally:
-            await cancel(list(tasks.values()))
+            await cancel(list(attempt.values()))
         moved = 0
         errors: dict[int, DsmlError] = {}
-        for rank, task in tasks.items():
+        for rank, task in attempt.items():
             failure = None if task.cancelled() else task.exception()
             if task.cancelled():
                 errors[rank] = OperationTimeout(f"rank {rank} ({self._handles[rank]}) not done after {limit_s:g} s")
@@ -258,7 +277,7 @@ class PassRounds:
             request = self._request(doer, part.work, round=round_id, phase=part.phase, resumedRanks=[part.owner, *tried])
             tried.append(doer)
             try:
-                moved, failures = await self._attempt({doer: request}, limit_s)
+                moved, failures = await self._answers({doer: request}, self._begin({doer: request}), limit_s)
             except _NotBegun:
                 raise first from None
             if not failures:
@@ -316,7 +335,8 @@ class PassRounds:
     def settle_later(self) -> None:
         """What ranks have staged or kept for rounds that have ended well is not needed any more; they hear of that soon."""
         while self._to_settle:
-            settling = asyncio.ensure_future(settle(self._handles, self._to_settle.pop(), pb.QuiesceRequest.COMMIT))
+            requests = {rank: one for rank, one in self._to_settle.pop().items() if not self._handles[rank].lost}
+            settling = asyncio.ensure_future(settle(self._handles, requests, pb.QuiesceRequest.COMMIT))
             self._settling.add(settling)
             settling.add_done_callback(self._settling.discard)
 

@@ -25,12 +25,14 @@ from functools import partial
 from dsml_gpu import failpoints
 from dsml_gpu.device.device import Device, Membership
 from dsml_gpu.device.passes import Pass, run_passes
-from dsml_gpu.device.pieces import Pieces, Step, require_present
+from dsml_gpu.device.pieces import CompiledPieces, Pieces, Step, compiled_pass, require_present
 from dsml_gpu.device.requests import pass_of
 from dsml_gpu.memory.device_memory import DeviceNDArray
 from dsml_gpu.memory.staging import Staging
 from dsml_gpu.wire import gpu_sim_pb2 as pb
 
+#: A single pass over so many bytes is one call of compiled code; a larger one must be possible to give up in between.
+_AT_ONCE_BYTES = 4 << 20
 #: After so long without an operation the memory of what was staged goes back to the system.
 _SPARE_S = 1.0
 
@@ -75,7 +77,7 @@ class PassPhases:
             if request.phase in (pb.ExecuteRequest.PIECES, pb.ExecuteRequest.RESUME_PIECES):
                 steps = _piece_steps(self._device, membership, request, reach)
             else:
-                steps = _steps(membership, request, reach)
+                steps = _steps(self._device, membership, request, reach)
             await run_passes(self._device, steps)
             reach("passes.committed")
 
@@ -97,7 +99,7 @@ class PassPhases:
             self._device.arena.memory.give_back_staging()
 
 
-def _steps(membership: Membership, request: pb.ExecuteRequest, reach: Callable[[str], None]) -> list[Step]:
+def _steps(device: Device, membership: Membership, request: pb.ExecuteRequest, reach: Callable[[str], None]) -> list[Step]:
     """Of RUN, COMMIT and RESUME."""
     passes = [pass_of(one, membership) for one in request.passes]
     places = [
@@ -107,6 +109,8 @@ def _steps(membership: Membership, request: pb.ExecuteRequest, reach: Callable[[
     steps: list[Step] = []
     if request.phase == pb.ExecuteRequest.RUN:
         own = membership.memory(membership.rank).staging
+        if len(passes) == 1 and (at_once := _at_once(device, passes[0], places[0], own, membership)) is not None:
+            return [partial(own.begin, request.round), at_once]
         steps += [
             partial(own.begin, request.round),
             *_staging_steps(request.passes, passes, places),
@@ -118,6 +122,16 @@ def _steps(membership: Membership, request: pb.ExecuteRequest, reach: Callable[[
     for one, place in zip(passes, places, strict=True):
         steps += [one if place is None else Pass(one.dtype, one.operator, (place,), one.destinations), written]
     return steps
+
+
+def _at_once(
+    device: Device, one: Pass, place: DeviceNDArray | None, own: Staging, membership: Membership
+) -> CompiledPieces | None:
+    """A single pass that is staged, all of it as one piece: most small operations are. None: it cannot be done so."""
+    compiled = compiled_pass(device.reducer, one)
+    if place is None or compiled is None or one.nbytes > _AT_ONCE_BYTES or failpoints.are_ordered():
+        return None
+    return CompiledPieces(compiled, one, place, place.nbytes, own.complete_address, 0, _stagings(membership))
 
 
 def _piece_steps(

@@ -19,7 +19,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import accumulate
-from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -28,10 +27,7 @@ from dsml_gpu.errors import OperationAborted
 from dsml_gpu.memory.device_memory import DeviceNDArray
 from dsml_gpu.memory.staging import HEADER_BYTES, Staging
 from dsml_gpu.reduction import Reducer
-from dsml_gpu.reduction.host import loop_of
-
-if TYPE_CHECKING:
-    from dsml_gpu.reduction.fast import Loop
+from dsml_gpu.reduction.host import Compiled, compiled_of
 
 #: Bytes of each range of a piece: by compiled loops, where all ranges of it should fit the fastest cache; and otherwise.
 #: The maximum of four buffers of 64 MB in place, times the duration without pieces: 4 KiB 1.14, 8 KiB 1.12, 16 KiB 1.29,
@@ -84,8 +80,8 @@ class Pieces:
         self._own = own
         self._others = others
         self._reach = reach or (lambda place: None)
-        self._loops = [None if reach is not None or one.weights else _loop_of(reducer, one) for one in passes]
-        self._cut(COMPILED_PIECE_BYTES if all(self._loops) else PIECE_BYTES)
+        self._compiled = [None if reach is not None else compiled_pass(reducer, one) for one in passes]
+        self._cut(COMPILED_PIECE_BYTES if all(self._compiled) else PIECE_BYTES)
 
     def _cut(self, piece_bytes: int) -> None:
         self._piece_bytes = piece_bytes
@@ -140,15 +136,18 @@ class Pieces:
         steps: list[Step] = []
         while first < self._firsts[-1]:
             index, part = self._place(first)
-            one, loop = self._passes[index], self._loops[index]
-            if loop is None:
+            one, compiled = self._passes[index], self._compiled[index]
+            if compiled is None:
                 steps += self._do(first, self._piece(first), written)
                 first += 1
                 continue
+            slots = self._own.view(HEADER_BYTES, _SLOTS * self._piece_bytes)
             step_bytes = max(_STEP_BYTES // self._piece_bytes, 1) * self._piece_bytes
             for start in range(part.start, one.sources[0].nbytes, step_bytes):
                 some = piece_of(one, slice(start, start + step_bytes))
-                steps.append(_CompiledStep(loop, some, self._own, self._others, self._piece_bytes, first))
+                steps.append(
+                    CompiledPieces(compiled, some, slots, self._piece_bytes, self._own.log_address, first, self._others)
+                )
                 first += -(-some.sources[0].nbytes // self._piece_bytes)
         return steps
 
@@ -182,29 +181,32 @@ class Pieces:
         return staging.view(HEADER_BYTES + number % _SLOTS * self._piece_bytes, part.stop - part.start)
 
 
-def _loop_of(reducer: Reducer, one: Pass) -> Loop | None:
-    return loop_of(reducer, one.operator, one.dtype, len(one.sources), one.divisor)
+def compiled_pass(reducer: Reducer, one: Pass) -> Compiled | None:
+    """What `CompiledPieces` of a pass can use, if there is something."""
+    return None if one.weights else compiled_of(reducer, one.operator, one.dtype, len(one.sources), one.divisor)
 
 
 @dataclass(frozen=True, slots=True)
-class _CompiledStep:
+class CompiledPieces:
     """Several pieces by a compiled loop: so small pieces that they stay in the cache take longer in Python than at work.
 
     Attributes:
-        loop: of the reduction.
+        compiled: the reduction.
         part: all of them.
-        own: where pieces are staged and counted.
-        others: must be present.
+        slots: where pieces are staged: room for one, or for several, which take turns.
         piece_bytes: of each range.
+        counter: address of the word that gets the number of pieces, when one is staged and before it is written.
         begun: pieces before.
+        others: must be present.
     """
 
-    loop: Loop
+    compiled: Compiled
     part: Pass
-    own: Staging
-    others: Sequence[Staging]
+    slots: DeviceNDArray
     piece_bytes: int
+    counter: int
     begun: int
+    others: Sequence[Staging]
 
     @property
     def nbytes(self) -> int:
@@ -213,22 +215,17 @@ class _CompiledStep:
 
     def __call__(self) -> None:
         part, nbytes = self.part, self.part.sources[0].nbytes
-        slots = self.own.view(HEADER_BYTES, _SLOTS * self.piece_bytes)
-        begun = self.loop.in_pieces(
-            np.array([_address(one) for one in (*part.sources, *part.destinations)], np.uintp),
+        begun = self.compiled.loop.in_pieces(
+            self.compiled.addresses_of((*part.sources, *part.destinations)),
             len(part.sources),
             nbytes,
             part.divisor,
-            _address(slots),
-            _SLOTS,
+            self.compiled.addresses.of(self.slots),
+            self.slots.nbytes // self.piece_bytes,
             self.piece_bytes,
-            self.own.log_address,
+            self.counter,
             self.begun,
             np.array([one.present_address for one in self.others], np.uintp),
         )
         if begun < self.begun + -(-nbytes // self.piece_bytes):
             raise _moved()
-
-
-def _address(array: DeviceNDArray) -> int:
-    return int(array.__array_interface__["data"][0])

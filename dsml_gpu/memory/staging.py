@@ -43,6 +43,7 @@ class Staging:
 
     def __init__(self, array: DeviceNDArray) -> None:
         self._array = array
+        self._address = int(array.__array_interface__["data"][0])
         self._header = memoryview(array[:56].view(np.uint64))  # which is faster than an array for single words
 
     @property
@@ -108,17 +109,19 @@ class Staging:
     def is_present(self, present: bool) -> None:
         self._header[_PRESENT] = present
 
-    # For compiled code, which does the same.
+    # Addresses of words, for compiled code that does the same.
+
+    @property
+    def complete_address(self) -> int:
+        """Of the one to which `complete` writes 1."""
+        return self._address + 8 * _COMPLETE
 
     @property
     def log_address(self) -> int:
-        """Address of the word that `log` writes."""
-        return self._address_of(_LOG_BEGUN)
+        """Of the one to which `log` writes."""
+        return self._address + 8 * _LOG_BEGUN
 
     @property
     def present_address(self) -> int:
-        """Address of the word that is 0 where `is_present` is False."""
-        return self._address_of(_PRESENT)
-
-    def _address_of(self, word: int) -> int:
-        return int(self._array.__array_interface__["data"][0]) + 8 * word
+        """Of the one that is 0 where `is_present` is False."""
+        return self._address + 8 * _PRESENT

@@ -77,7 +77,7 @@ class HostReducer:
         self._cache_bytes = cache_bytes
         self._block_bytes = block_bytes
         #: By numpy function and type; None where numba cannot help.
-        self._compiled: dict[tuple[str, np.dtype[Any]], _Compiled | None] = {}
+        self._compiled: dict[tuple[str, np.dtype[Any]], Compiled | None] = {}
         #: Of the half types; None where numba cannot help.
         self._weighings: dict[np.dtype[Any], Weighing | None] = {}
 
@@ -103,7 +103,7 @@ class HostReducer:
         if weighted and dtype.itemsize == 2 and dtype not in self._weighings:
             self._weighings[dtype] = _compile_weighing(dtype)
 
-    def compiled(self, operator: Operator, dtype: np.dtype[Any]) -> _Compiled | None:
+    def compiled(self, operator: Operator, dtype: np.dtype[Any]) -> Compiled | None:
         """The loop that `prepare` has compiled, if it has."""
         return self._compiled.get((operator.ufunc, dtype))
 
@@ -164,12 +164,11 @@ class HostReducer:
                 out[part] = (values[part].astype(np.float32) * weight).astype(dtype)
 
 
-def loop_of(reducer: object, operator: Operator, dtype: np.dtype[Any], nsources: int, divisor: int) -> Loop | None:
-    """A compiled loop that does what `HostReducer.reduce` does, in one pass and without its checks; None: there is none."""
+def compiled_of(reducer: object, operator: Operator, dtype: np.dtype[Any], nsources: int, divisor: int) -> Compiled | None:
+    """What does as `HostReducer.reduce` does, in one pass and without its checks; None: it was not compiled."""
     if not isinstance(reducer, HostReducer) or not 2 <= nsources <= MAX_OPERANDS or (divisor > 1 and dtype.kind in "iu"):
         return None
-    compiled = reducer.compiled(operator, dtype)
-    return compiled.loop if compiled is not None else None
+    return reducer.compiled(operator, dtype)
 
 
 def _is_large_half(dtype: np.dtype[Any], source: np.ndarray) -> bool:
@@ -177,11 +176,15 @@ def _is_large_half(dtype: np.dtype[Any], source: np.ndarray) -> bool:
 
 
 @dataclass(frozen=True, slots=True)
-class _Compiled:
+class Compiled:
     """A loop of `fast`, which this module imports only to compile one."""
 
     loop: Loop
     addresses: Addresses
+
+    def addresses_of(self, arrays: Sequence[np.ndarray]) -> np.ndarray:
+        """As the loop takes them."""
+        return np.array([self.addresses.of(array) for array in arrays], np.uintp)
 
     def combine(
         self,
@@ -191,8 +194,7 @@ class _Compiled:
         divisor: int,
         scratch: _Scratch,
     ) -> None:
-        addresses = np.array([self.addresses.of(array) for array in (*sources, *destinations)], np.uintp)
-        self.loop.whole(addresses, len(sources), sources[0].nbytes, divisor)
+        self.loop.whole(self.addresses_of((*sources, *destinations)), len(sources), sources[0].nbytes, divisor)
 
 
 def _aliases(
@@ -392,13 +394,13 @@ def _numba_can_be_imported() -> bool:
     return True
 
 
-def _compile(ufunc: str, dtype: np.dtype[Any]) -> _Compiled | None:
+def _compile(ufunc: str, dtype: np.dtype[Any]) -> Compiled | None:
     if not _numba_can_be_imported():
         return None
     from dsml_gpu.reduction import fast
 
     loop = fast.compiled_loop(ufunc, dtype)
-    return None if loop is None else _Compiled(loop, fast.address_functions())
+    return None if loop is None else Compiled(loop, fast.address_functions())
 
 
 def _compile_weighing(dtype: np.dtype[Any]) -> Weighing | None:

@@ -11,7 +11,7 @@ from multiprocessing.connection import Connection
 import numpy as np
 import pytest
 
-from dsml_gpu.device import pieces
+from dsml_gpu.device import pass_phases, pieces
 from dsml_gpu.device.device import Device, Membership, Peer
 from dsml_gpu.device.pass_phases import PassPhases, has_begun
 from dsml_gpu.device.passes import Pass, run_passes
@@ -99,8 +99,32 @@ def test_passes_that_depend_on_each_other_are_staged_as_if_they_had_run() -> Non
     assert not has_begun(ranks.membership(2), pb.ExecuteRequest(round=ROUND + 1, resumedRanks=[0, 1, 2]))
 
 
-def test_who_has_slept_while_memory_moved_begins_nothing() -> None:
+def test_a_single_pass_by_compiled_code_can_be_gone_on_with(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As it can where it is several steps; which are not taken here."""
+    monkeypatch.setattr(pass_phases, "_staging_steps", None)
     ranks = Ranks()
+    for rank in range(NRANKS):
+        ranks.devices[rank].reducer.prepare(SUM, U64, NRANKS)
+        ranks.memory(rank, 0, 64)[:] = np.arange(64) * 10**rank
+    passes = [wire([(0, 0), (1, 0), (2, 0)], [(0, 0), (1, 0), (2, 512)], 64, 0)]
+    ranks.run(0, pb.ExecuteRequest.RUN, passes)
+    places = ((0, 0), (1, 0), (2, 512))
+    for rank, addr in places:
+        np.testing.assert_array_equal(ranks.memory(rank, addr, 64), np.arange(64) * 111)
+        ranks.memory(rank, addr, 32)[:] = 0
+    assert has_begun(ranks.membership(2), pb.ExecuteRequest(round=ROUND, resumedRanks=[0]))
+    ranks.run(2, pb.ExecuteRequest.RESUME, passes, (0,))
+    for rank, addr in places:
+        np.testing.assert_array_equal(ranks.memory(rank, addr, 64), np.arange(64) * 111)
+
+
+@pytest.mark.parametrize("compiled", [True, False])
+def test_who_has_slept_while_memory_moved_begins_nothing(monkeypatch: pytest.MonkeyPatch, compiled: bool) -> None:
+    ranks = Ranks()
+    if compiled:
+        ranks.devices[0].reducer.prepare(SUM, U64, 2)
+    else:
+        monkeypatch.setattr(pieces, "compiled_of", lambda *arguments: None)
     ranks.memory(0, 0, 64)[:] = 1
     ranks.memory(1, 0, 64)[:] = 2
     ranks.staging(1).is_present = False
@@ -109,6 +133,9 @@ def test_who_has_slept_while_memory_moved_begins_nothing() -> None:
     with pytest.raises(OperationAborted, match="has moved"):
         ranks.run(0, pb.ExecuteRequest.PIECES, [wire([(0, 0), (1, 0)], [(0, 0)], 64, 0)])
     assert (ranks.memory(0, 0, 64) == 1).all()
+    log = ranks.staging(0).logged(ROUND, 0)
+    assert log is not None
+    assert log.begun == 0
     assert not has_begun(ranks.membership(1), pb.ExecuteRequest(round=ROUND, resumedRanks=[0]))
 
 
@@ -190,21 +217,6 @@ def test_a_piece_that_a_waking_rank_still_counts_is_taken_from_its_staging(monke
     asyncio.run(run_passes(ranks.devices[2], part.rest([Waking()])))  # type: ignore[list-item]
     for rank in range(2):
         assert (ranks.memory(rank, 0, elements) == 3).all()
-
-
-def test_compiled_pieces_end_where_memory_has_moved() -> None:
-    ranks = Ranks()
-    ranks.devices[0].reducer.prepare(SUM, U64, 2)
-    both = tuple(ranks.devices[rank].arena.view(0, MIB) for rank in range(2))
-    own, other = ranks.staging(0), ranks.staging(1)
-    steps = Pieces(ranks.devices[0].reducer, [Pass(U64, SUM, both, both)], ROUND, 0, own, [own, other]).steps()
-    both[1][:] = 7
-    other.is_present = False
-    with pytest.raises(OperationAborted, match="has moved"):
-        asyncio.run(run_passes(ranks.devices[0], steps))
-    assert own.logged(ROUND, 0) == (0, pieces.COMPILED_PIECE_BYTES)
-    assert not both[0].any()
-    assert (both[1] == 7).all()
 
 
 def all_pieces_of(handles: list[SharedHandle], ready: Connection) -> None:
