@@ -240,12 +240,13 @@ class OwnFleet:
             options += ["--coordinator", self.address]
             slot.server = ServerProcess(*options, wait=False, port=slot.port, errors=self._errors)
             return
-        options += ["--host", f"127.1.0.{slot.device_id}", "--no-share-memory"]
+        # As if it were on a host of its own: without short cuts, by which it would be reached all the same.
+        options += ["--host", f"127.1.0.{slot.device_id}", "--no-share-memory", "--no-lane"]
         here = f"127.2.0.{slot.device_id}"
         inward = self.network.proxy(here, lambda: slot.address, slot.device_id)
         outward = self.network.proxy(here, lambda: self.address, slot.device_id)
         options += ["--coordinator", outward, "--advertise", inward]
-        slot.server = ServerProcess(*options, wait=False, module="dsml_gpu.chaos.without_lanes", errors=self._errors)
+        slot.server = ServerProcess(*options, wait=False, errors=self._errors)
         self.network.belongs(slot.server.process.pid, slot.device_id)
 
     def _end(self, slot: _Slot) -> None:

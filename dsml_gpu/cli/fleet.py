@@ -28,7 +28,6 @@ class ServerProcess:
         arguments: of the command, for example ``"device", "--id", "1"``.
         wait: return when it is ready; otherwise at once, and `wait_until_ready` must be called.
         port: to listen on; 0: a free one.
-        module: that Python runs as the command.
         errors: takes its error output; None: ours does.
 
     Attributes:
@@ -48,12 +47,11 @@ class ServerProcess:
         *arguments: str,
         wait: bool = True,
         port: int = 0,
-        module: str = "dsml_gpu",
         errors: IO[bytes] | None = None,
     ) -> None:
         self._arguments = arguments
         self.process = subprocess.Popen(
-            [sys.executable, "-m", module, *arguments, "--port", str(port), "--until-stdin-closes"],
+            [sys.executable, "-m", "dsml_gpu", *arguments, "--port", str(port), "--until-stdin-closes"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=errors,

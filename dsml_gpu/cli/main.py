@@ -81,6 +81,14 @@ ShareMemory = Annotated[
         help="Let processes of the same user on this host open the devices' memory, which is the fastest transport (p2p).",
     ),
 ]
+Lane = Annotated[
+    bool,
+    typer.Option(
+        "--lane/--no-lane",
+        help="Let processes of the same user on this host call by a Unix socket, which is faster than gRPC and tells at "
+        "once of a server's end. Without it they call by TCP as from anywhere, for example through a proxy.",
+    ),
+]
 Compile = Annotated[
     bool,
     typer.Option(
@@ -170,6 +178,7 @@ def device(
             "0.0.0.0 the address from which it reaches the coordinator.",
         ),
     ] = "",
+    lane: Lane = True,
     compile_reductions: Compile = True,
     metrics_port: MetricsPort = None,
     failpoints: Failpoints = None,
@@ -195,6 +204,7 @@ def device(
         backends=backends,
         coordinator=coordinator,
         advertised=advertise,
+        has_lane=lane,
         max_message_bytes=max_message + serve.MESSAGE_OVERHEAD_BYTES,
         transfers=serve.transfer_settings_or_exit(
             slice_bytes, stall_timeout, link_latency, link_bandwidth, host_name, share_memory

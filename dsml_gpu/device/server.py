@@ -36,6 +36,7 @@ class DeviceConfig:
         coordinator: host:port of the one that it registers with; empty: none.
         advertised: host:port at which the coordinator and peers reach it; empty: where it listens, or where that is
             everywhere, the address from which it reaches the coordinator.
+        has_lane: coordinators on this host call by a lane (`wire.lane`), not by TCP.
 
     Raises:
         ValueError: no backends, or ids outside 1 .. 2**64 - 1.
@@ -49,6 +50,7 @@ class DeviceConfig:
     backends: tuple[Backend, ...] = (NUMPY,)
     coordinator: str = ""
     advertised: str = ""
+    has_lane: bool = True
     max_message_bytes: int = DEFAULT_MAX_MESSAGE_BYTES
     transfers: TransferSettings = field(default_factory=TransferSettings)
 
@@ -76,6 +78,7 @@ class DeviceServer:
         self.rpc = RpcServer(config.host, config.port, config.max_message_bytes)
         self.devices: tuple[Device, ...] = ()
         self._registration: Registration | None = None
+        self._lane: LaneServer | None = None
 
     @property
     def address(self) -> str:
@@ -100,9 +103,10 @@ class DeviceServer:
         self._service = DeviceService(self.rpc.address, config.transfers)
         for device in self.devices:
             self._service.add(device)
-        self._lane = LaneServer(self._service)
-        await self._lane.start()
-        self._service.lane = self._lane.name
+        if config.has_lane:
+            self._lane = LaneServer(self._service)
+            await self._lane.start()
+            self._service.lane = self._lane.name
         await self.rpc.start({"GPUDevice": self._service}, config.transfers.stall_timeout_s)
         if config.coordinator:
             advertised = config.advertised or (None if config.host in _EVERYWHERE else self.rpc.address)
@@ -116,7 +120,10 @@ class DeviceServer:
             await self._registration.leave(drain_s)
         self._service.progress.end()
         drain_s = max(0.0, deadline - asyncio.get_running_loop().time())
-        await asyncio.gather(self.rpc.stop(drain_s), self._lane.stop(drain_s))
+        stopping = [self.rpc.stop(drain_s)]
+        if self._lane is not None:
+            stopping.append(self._lane.stop(drain_s))
+        await asyncio.gather(*stopping)
         await self._service.close()
 
 

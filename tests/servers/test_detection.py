@@ -34,10 +34,10 @@ OVERSUBSCRIPTION = 4
 
 
 @contextmanager
-def devices(count: int) -> Iterator[list[ServerProcess]]:
+def devices(count: int, *options: str) -> Iterator[list[ServerProcess]]:
     with ExitStack() as stack:
         servers = [
-            stack.enter_context(ServerProcess("device", "--id", str(number + 1), "--memory", "32MiB", wait=False))
+            stack.enter_context(ServerProcess("device", "--id", str(number + 1), "--memory", "32MiB", *options, wait=False))
             for number in range(count)
         ]
         for server in servers:
@@ -247,6 +247,15 @@ async def test_the_system_tells_a_stopped_process_and_a_dead_one_from_one_that_l
             kill(one)
             await until(lambda: letter_of(signs) == "X", "the end")
             assert await signs.nobody_listens()
+
+
+@in_event_loop
+async def test_a_server_without_a_lane_is_called_by_tcp() -> None:
+    with devices(1, "--no-lane") as (one,):
+        async with coordinating(one.address) as coordinator:
+            (server,) = coordinator.registry.servers
+            assert server.connection.lane is None
+            assert not server.connection.tells_of_its_end
 
 
 def letter_of(signs: RemoteSigns) -> str:
