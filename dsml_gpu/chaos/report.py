@@ -139,7 +139,9 @@ def quantiles(values_s: Iterable[float]) -> str:
 
 
 def growth(samples: Sequence[float]) -> float:
-    """By which share a quantity has grown, from the first tenth of its samples to the last one; by medians.
+    """By which share a quantity has grown, from the first tenth of its samples to the last one; by their means.
+
+    Not by medians: what has one of two values, by turns, has either as its median.
 
     Raises:
         ValueError: fewer than two samples.
@@ -147,7 +149,7 @@ def growth(samples: Sequence[float]) -> float:
     if len(samples) < 2:
         raise ValueError(f"growth needs at least 2 samples, got {len(samples)}")
     tenth = max(1, len(samples) // 10)
-    first, last = (float(np.median(part)) for part in (samples[:tenth], samples[-tenth:]))
+    first, last = (float(np.mean(part)) for part in (samples[:tenth], samples[-tenth:]))
     return last / first - 1 if first else 0.0
 
 

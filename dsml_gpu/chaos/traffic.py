@@ -29,6 +29,7 @@ class Traffic:
         self._client = client
         self._rng = random.Random(seed)
         self._nbytes = nbytes
+        self._drawn = 0
         self.done = self.restarted = self.hangs = self.failed = 0
         self.wrong: list[str] = []
         self.detection_s: list[float] = []
@@ -82,8 +83,10 @@ class Traffic:
         return Exercise(self._client, device_ids, operation, self._rng.randrange(1 << 31))
 
     def _operation(self, nranks: int) -> Operation:
-        # In place the numbers grow, and wrap; whole numbers do so in numpy as they do here.
+        # In place the numbers grow, and wrap; whole numbers do so in numpy as they do here. In place and not, by turns, so
+        # that as much memory is in use over any longer time.
+        self._drawn += 1
         algorithm = self._rng.choice(("ring", "direct", "auto"))
         return Operation(
-            "all_reduce", nranks, max(1, self._nbytes // 8), "int64", "sum", algorithm, in_place=self._rng.random() < 0.5
+            "all_reduce", nranks, max(1, self._nbytes // 8), "int64", "sum", algorithm, in_place=self._drawn % 2 == 0
         )

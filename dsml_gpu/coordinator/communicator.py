@@ -22,6 +22,7 @@ from dsml_gpu.coordinator.epochs import Epoch, Epochs
 from dsml_gpu.coordinator.order import Turn
 from dsml_gpu.coordinator.ranks import Planned, Ranks, RunSettings
 from dsml_gpu.coordinator.records import Begun
+from dsml_gpu.coordinator.remembered import forget
 from dsml_gpu.coordinator.replacement import Place, reads_of
 from dsml_gpu.coordinator.resume import Past
 from dsml_gpu.coordinator.shrink import without_lost
@@ -313,6 +314,7 @@ class Communicator:
 
     def _begin_epoch(self, seated: dict[int, DeviceHandle]) -> None:
         """Goes on with these devices; they join with the next operation."""
+        forget()
         epoch = self._epochs.begin(seated)
         handles = list(seated.values())
         self._keeper.begin_epoch(self.comm_id, epoch, handles)

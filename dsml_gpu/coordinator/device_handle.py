@@ -120,9 +120,12 @@ class DeviceHandle:
         """Takes what the device's server says of it, which has just answered."""
         if self.metadata.processUid and self.metadata.processUid != metadata.processUid:
             self.give_up("is gone: its server was restarted")
-        self.metadata.CopyFrom(metadata)
+        # A message of its own each time: one that is written again and again keeps the memory of all it has ever held.
+        known = pb.DeviceMetadata()
+        known.CopyFrom(metadata)
         # The address that others reach it by is the one that reached it, not what it believes of itself.
-        self.metadata.address = self.address
+        known.address = self.address
+        self.metadata = known
         self.answers = True
 
     def give_up(self, why: str, after_s: float | None = None) -> None:

@@ -17,10 +17,10 @@ from bisect import bisect_left, bisect_right
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache
 from typing import cast
 
 from dsml_gpu.coordinator.call import CollectiveCall
+from dsml_gpu.coordinator.remembered import remembered
 from dsml_gpu.memory.staging import HEADER_BYTES
 from dsml_gpu.reduction import dtype_of
 from dsml_gpu.wire import gpu_sim_pb2 as pb
@@ -130,7 +130,7 @@ def passes_of(call: CollectiveCall) -> list[Pass]:
     return passes
 
 
-@lru_cache(maxsize=1024)
+@remembered
 def bytes_of(call: CollectiveCall) -> int:
     """Bytes that the passes of a call read and write."""
     return sum(one.nbytes for one in passes_of(call))
@@ -188,7 +188,7 @@ class Round:
     staged_bytes: int = 0
 
 
-@lru_cache(maxsize=1024)
+@remembered
 def rounds_of(calls: tuple[CollectiveCall, ...], team: Team, staging_bytes: int = 0) -> tuple[Round, ...]:
     """Which rank does what, round by round; a round is over when all of it is done.
 

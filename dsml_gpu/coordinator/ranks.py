@@ -110,7 +110,6 @@ class Ranks:
         self._chooser = chooser
         self._settings = settings
         self._memories = MemoryAccess(settings.forced_transport)
-        self._devices = [handle.metadata for handle in self.handles]
         self._process_uids = process_uids or [handle.metadata.processUid for handle in handles]
         self._team = passes.Team.of(self._devices)
         self._passes = PassRounds(
@@ -123,6 +122,10 @@ class Ranks:
     @property
     def nranks(self) -> int:
         return len(self.handles)
+
+    @property
+    def _devices(self) -> list[pb.DeviceMetadata]:
+        return [handle.metadata for handle in self.handles]
 
     @property
     def device_ids(self) -> list[int]:

@@ -8,7 +8,6 @@ import secrets
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -27,6 +26,7 @@ from dsml_gpu.coordinator.outcomes import Asked, Outcomes
 from dsml_gpu.coordinator.ranks import RunSettings
 from dsml_gpu.coordinator.records import KnownCommunicator, KnownServer, Member, Membership, Recovered
 from dsml_gpu.coordinator.registry import DeviceRegistry
+from dsml_gpu.coordinator.remembered import forget, remembered
 from dsml_gpu.coordinator.replacement import Allocations, Place, replace
 from dsml_gpu.coordinator.resume import resume
 from dsml_gpu.errors import (
@@ -285,6 +285,7 @@ class CoordinatorService:
             self._registry.release(comm.handles, comm.comm_id)
             self._allocations.forget(comm.comm_id)
             self._commits.forget(comm.comm_id)
+            forget()
             # Last: until then a client's second try finds it, and its memory is not left behind.
             self._journal.forget_communicator(comm.comm_id)
 
@@ -536,9 +537,9 @@ class CoordinatorService:
         return await self._once("Free", request, request.commId, context, run)
 
 
-@lru_cache(maxsize=1024)
+@remembered
 def _call_of(message: bytes, nranks: int) -> CollectiveCall:
-    """See `call_of`. The same calls come again and again, and what they lead to is remembered with them."""
+    """See `call_of`."""
     return call_of(pb.CollectiveRequest.FromString(message), nranks)
 
 

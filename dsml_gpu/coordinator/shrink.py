@@ -9,14 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from functools import lru_cache
 
 from dsml_gpu.coordinator.call import CollectiveCall, Place
+from dsml_gpu.coordinator.remembered import remembered
 from dsml_gpu.errors import RanksLost
 from dsml_gpu.schedules import Layout, Roles
 
 
-@lru_cache(maxsize=1024)
+@remembered
 def without_lost(call: CollectiveCall, kept: tuple[int, ...]) -> CollectiveCall:
     """The call on the ranks that are left, numbered anew.
 

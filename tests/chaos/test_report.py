@@ -68,6 +68,7 @@ def test_quantiles() -> None:
 def test_growth_is_of_the_ends() -> None:
     assert growth([100.0] * 50 + [103.0] * 50) == pytest.approx(0.03)
     assert growth([100, 100, 500, 100, 100]) == 0
+    assert growth([90.0, 110.0] * 100) == pytest.approx(0)
     assert growth([0, 0]) == 0
     with pytest.raises(ValueError, match="at least 2 samples, got 1"):
         growth([1.0])

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import gc
+import os
 from collections.abc import Callable, Coroutine
 from functools import wraps
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -53,7 +56,10 @@ class FakeServer:
             self.left.append((request.deviceId, request.commId))
             return pb.LeaveCommResponse()
         assert method == "GetDeviceMetadata"
-        devices = [pb.DeviceMetadata(deviceId=pb.DeviceId(value=device_id), address="elsewhere") for device_id in self.ids]
+        devices = [
+            pb.DeviceMetadata(deviceId=pb.DeviceId(value=device_id), address="elsewhere", host="a name of some length" * 5)
+            for device_id in self.ids
+        ]
         return pb.GetDeviceMetadataResponse(metadata=devices[0], devices=devices if self.lists_them else [])
 
     def write(self, chunks: Any) -> Any:
@@ -205,3 +211,24 @@ async def test_of_two_devices_with_one_id_the_one_that_a_communicator_has_is_mea
     await registry.refresh()
     assert registry.device(2).address == "host:1"
     assert registry.device(2).reachable
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="only Linux tells how much memory is in use")
+@in_event_loop
+async def test_asking_devices_again_and_again_takes_no_memory() -> None:
+    """A message that is written again and again keeps what it has held before."""
+    registry = registry_of(FakeServer(1, 2))
+
+    async def ask(times: int) -> None:
+        for _ in range(times):
+            await registry.refresh()
+
+    await ask(200)
+    before = resident_bytes()
+    await ask(10_000)
+    assert resident_bytes() - before < 512 << 10
+
+
+def resident_bytes() -> int:
+    gc.collect()
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
