@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
+from pathlib import Path
 from types import TracebackType
 
 import numpy as np
@@ -109,6 +110,11 @@ class Exercise:
         self.device_ids = tuple(device.device_id for device in self.comm.devices)
         self.harmed = set()
         self._fill()
+
+    def save(self, folder: Path) -> None:
+        """Makes a checkpoint of all arrays, from which spares can take the places of ranks."""
+        arrays = {"input": self._inputs} | ({} if self._outputs is None else {"output": self._outputs})
+        self.comm.checkpoint(folder, arrays).wait(self._limit_s)
 
     def run(self) -> Answer:
         """Runs the operation. Raises Stuck."""

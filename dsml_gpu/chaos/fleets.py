@@ -36,13 +36,12 @@ class Target(Protocol):
 
     client: dsml_gpu.Client
 
-    def members(self, nranks: int, victim: int, order: str) -> list[int]:
+    def members(self, nranks: int, orders: Mapping[int, str]) -> list[int]:
         """Ids of devices that can be used, in the order of ranks.
 
         Args:
-            victim: rank of the one that may be harmed.
-            order: fault that it is to have by itself (`failpoints.parse`), without its conditions on the device; empty:
-                none.
+            orders: of the ranks that may be harmed, the fault that each is to have by itself (`failpoints.parse`), without
+                its condition on the device; empty: none.
 
         Raises:
             NoVictim, PeerUnavailable: there are not as many.
@@ -154,13 +153,13 @@ class OwnFleet:
 
     # ---- `Target` -----------------------------------------------------------------------------------------------------
 
-    def members(self, nranks: int, victim: int, order: str) -> list[int]:
+    def members(self, nranks: int, orders: Mapping[int, str]) -> list[int]:
         if nranks > len(self._slots):
             raise InvalidValue(f"{nranks} ranks were asked for, the fleet has {len(self._slots)} devices")
         chosen = list(self._slots)[:nranks]
-        for device_id in chosen:
+        for rank, device_id in enumerate(chosen):
             slot = self._slots[device_id]
-            ordered = order if device_id == chosen[victim] else ""
+            ordered = orders.get(rank, "")
             if slot.harmed or ordered:
                 self._end(slot)
                 self._start(slot, ordered)
@@ -290,9 +289,10 @@ class RunningFleet:
         self.client = dsml_gpu.connect(coordinator)
         self._pids = dict(pids)
 
-    def members(self, nranks: int, victim: int, order: str) -> list[int]:
-        if order:
+    def members(self, nranks: int, orders: Mapping[int, str]) -> list[int]:
+        for order in filter(None, orders.values()):
             raise InvalidValue(f"a process that runs already cannot be told to have the fault {order!r}")
+        victim = next(iter(orders), 0)
         there = list(reachable(self.client))
         victims = [device_id for device_id in there if device_id in self._pids]
         others = [device_id for device_id in there if device_id not in victims]

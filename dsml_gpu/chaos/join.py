@@ -24,7 +24,7 @@ def run(summary: Summary, fleet: OwnFleet, ndevices: int, n: int, nbytes: int, s
         nbytes: of each rank's buffer.
     """
     rng = random.Random(summary.seed)
-    traffic = Traffic(fleet.client, fleet.members(ndevices, 0, ""), nbytes, summary.seed)
+    traffic = Traffic(fleet.client, fleet.members(ndevices, {}), nbytes, summary.seed)
     for number in range(1, n + 1):
         try:
             outcome = _come_and_leave(fleet, traffic, f"trial {number}", rng)

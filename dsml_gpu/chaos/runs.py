@@ -104,7 +104,7 @@ def killing(on_failure: str = "shrink") -> Run:
     """SIGKILL to a device server."""
 
     def run(target: Target, trial: Trial) -> Outcome:
-        device_ids = target.members(trial.operation.nranks, trial.victim, _order(trial, "kill"))
+        device_ids = target.members(trial.operation.nranks, {trial.victim: _order(trial, "kill")})
         victim = device_ids[trial.victim]
         with Exercise(
             target.client, device_ids, trial.operation, trial.seed, whole=trial.whole, on_failure=on_failure
@@ -126,7 +126,7 @@ def killing(on_failure: str = "shrink") -> Run:
 
 def stalling(target: Target, trial: Trial) -> Outcome:
     """SIGSTOP to a device server, and SIGCONT when the others are done."""
-    device_ids = target.members(trial.operation.nranks, trial.victim, _order(trial, "stop"))
+    device_ids = target.members(trial.operation.nranks, {trial.victim: _order(trial, "stop")})
     victim = device_ids[trial.victim]
     try:
         return _cut(
@@ -146,7 +146,7 @@ def vanishing(target: Target, trial: Trial) -> Outcome:
     assert isinstance(target, OwnFleet)
     assert target.network is not None
     network = target.network
-    device_ids = target.members(trial.operation.nranks, trial.victim, "")
+    device_ids = target.members(trial.operation.nranks, {trial.victim: ""})
     victim = device_ids[trial.victim]
     return _cut(target, trial, device_ids, lambda: network.cut_off(victim), lambda: network.heal(victim))
 
@@ -183,7 +183,7 @@ def delaying(target: Target, trial: Trial) -> Outcome:
     """All traffic of a device server is late. Slow is not dead: nobody may be given up."""
     assert isinstance(target, OwnFleet)
     assert target.network is not None
-    device_ids = target.members(trial.operation.nranks, trial.victim, "")
+    device_ids = target.members(trial.operation.nranks, {trial.victim: ""})
     victim = device_ids[trial.victim]
     before = target.network.touched(victim)
     target.network.delay(victim, trial.delay_s)
@@ -212,7 +212,7 @@ def delaying(target: Target, trial: Trial) -> Outcome:
 def cascading(target: Target, trial: Trial) -> Outcome:
     """One device server after the other is killed, each in an operation, until one is left."""
     operation, nranks = trial.operation, trial.operation.nranks
-    device_ids = target.members(nranks, trial.victim, "")
+    device_ids = target.members(nranks, {trial.victim: ""})
     detection_s: list[float] = []
     recovery_s: list[float] = []
     worst, fired, note = ON_ALL, 0, ""
@@ -256,7 +256,7 @@ def cascading(target: Target, trial: Trial) -> Outcome:
 def coordinator_dying(target: Target, trial: Trial) -> Outcome:
     """SIGKILL to the coordinator, and another one at the same place with the same state."""
     assert isinstance(target, OwnFleet)
-    device_ids = target.members(trial.operation.nranks, trial.victim, "")
+    device_ids = target.members(trial.operation.nranks, {trial.victim: ""})
     with Exercise(target.client, device_ids, trial.operation, trial.seed, whole=trial.whole) as exercise:
         duration_s, wrong = exercise.rehearse()
         with At(share_of(duration_s, trial.moment.fraction), target.kill_coordinator) as fault:

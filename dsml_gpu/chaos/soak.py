@@ -73,7 +73,7 @@ def run(
             f"soak needs at least 2 devices and {warmup_s + 2 * KILL_EVERY_S:g} s, got {ndevices} and {duration_s:g} s"
         )
     rng = random.Random(summary.seed)
-    traffic = Traffic(fleet.client, fleet.members(ndevices, 0, ""), nbytes, summary.seed)
+    traffic = Traffic(fleet.client, fleet.members(ndevices, {}), nbytes, summary.seed)
     watched = {"this process": os.getpid(), "coordinator": fleet.pids["coordinator"], "device 1": fleet.pids["device 1"]}
     samples = {name: Samples() for name in watched}
     began_s = time.monotonic()

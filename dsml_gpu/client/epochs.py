@@ -93,17 +93,21 @@ class Epochs:
         """
         known = {device.device_id: device for members in self._known.values() for device in members.devices}
         epoch, device_ids = result.epoch, list(result.deviceIds)
-        if not known.keys() >= set(device_ids):
+        if not known.keys() >= set(device_ids) or any(lost.replacedBy for lost in result.lost):
             answer = ask()
             epoch, device_ids = answer.epoch, [metadata.deviceId.value for metadata in answer.devices]
-            metadatas = {metadata.deviceId.value: metadata for metadata in answer.devices}
+            replaced = []
             for lost in result.lost:
-                if lost.replacedBy in metadatas:
+                # Who has taken a place may have been lost in turn.
+                if lost.replacedBy and lost.deviceId in known:
                     known[lost.replacedBy] = known.pop(lost.deviceId)
-                    known[lost.replacedBy].become(metadatas[lost.replacedBy])
-            for device_id in device_ids:
-                if device_id not in known:
-                    known[device_id] = self._make(metadatas[device_id])
+                    replaced.append(known[lost.replacedBy])
+            for metadata in answer.devices:
+                device = known.get(metadata.deviceId.value)
+                if device is None:
+                    known[metadata.deviceId.value] = self._make(metadata)
+                elif device in replaced:
+                    device.become(metadata)
         self.begin(epoch, [known[device_id] for device_id in device_ids])
 
     def grown(self, epoch: int, metadatas: Iterable[pb.DeviceMetadata]) -> None:

@@ -157,7 +157,7 @@ def has_memory_at(handle: DeviceHandle, blocks: Iterable[Range]) -> bool:
 
 
 def choose_spare(handles: Iterable[DeviceHandle], like: DeviceHandle, blocks: Sequence[Range]) -> DeviceHandle:
-    """A free device, one of the same backend, and on the same host, before others.
+    """A free device, one of the same backend, and on the same host, before others; of several the one with the lowest id.
 
     Raises:
         OutOfDevices: there is none that has memory at these addresses.
@@ -165,7 +165,11 @@ def choose_spare(handles: Iterable[DeviceHandle], like: DeviceHandle, blocks: Se
     free = [one for one in handles if one.reachable and not one.comm_ids and not one.leaving and has_memory_at(one, blocks)]
     if not free:
         raise OutOfDevices(f"no device is free that could take the place of {like}")
-    return max(
+    return min(
         free,
-        key=lambda one: (one.metadata.backend == like.metadata.backend, one.metadata.host == like.metadata.host),
+        key=lambda one: (
+            one.metadata.backend != like.metadata.backend,
+            one.metadata.host != like.metadata.host,
+            one.device_id,
+        ),
     )

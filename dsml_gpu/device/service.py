@@ -11,6 +11,7 @@ from collections import defaultdict, deque
 from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from dsml_gpu import failpoints
@@ -223,6 +224,7 @@ class DeviceService:
 
     async def JoinComm(self, request: pb.JoinCommRequest, context: Any) -> pb.JoinCommResponse:
         device = self._device(request.deviceId)
+        failpoints.reach("comm.join", device=device.device_id, epoch=request.epoch)
         response = pb.JoinCommResponse()
         peers: list[Peer] = []
         memories: list[RankMemory | None] = []
@@ -234,6 +236,7 @@ class DeviceService:
                 memories.append(None)
                 response.unreachable.add(rank=rank, reason=str(error))
         device.join(Membership(request.commId, request.rank, tuple(peers), tuple(memories), request.epoch))
+        failpoints.reach("comm.joined", device=device.device_id, epoch=request.epoch)
         return response
 
     def _open_memory(self, device: Device, peer: pb.Peer) -> RankMemory:
@@ -254,6 +257,7 @@ class DeviceService:
             raise MemoryNotShared("the server was told not to share memory")
         handle = device.arena.share()
         if request.move:
+            failpoints.reach("memory.move", device=device.device_id)
             await asyncio.to_thread(device.arena.move)
             handle = device.arena.share()
         return pb.SharedMemory(
@@ -272,6 +276,8 @@ class DeviceService:
         if request.settlement not in pb.QuiesceRequest.Settlement.values():
             raise InvalidValue(f"unknown settlement {request.settlement}")
         key = (self._device(request.deviceId).device_id, request.commId)
+        reach = partial(failpoints.reach, device=key[0], settlement=pb.QuiesceRequest.Settlement.Name(request.settlement))
+        reach("settle.begin")
         if request.settlement != pb.QuiesceRequest.COMMIT:
             running = self._executing.get(key, set()).copy()
             for task in running:
@@ -291,6 +297,7 @@ class DeviceService:
             if request.round and (phases := self._pass_phases.get(key[0])) is not None:
                 phases.settle(request.round)
         unsettled, _ = self._unsettled.get(key, (0, None))
+        reach("settle.done")
         return pb.QuiesceResponse(waits=[wait.to_wire() for wait in waits], unsettledRound=unsettled)
 
     async def Heartbeat(self, request: pb.HeartbeatRequest, context: Any) -> AsyncGenerator[pb.HeartbeatResponse, None]:

@@ -143,7 +143,7 @@ def test_options_that_do_not_do(options: list[str], said: str) -> None:
 
 def test_a_fleet_has_so_many_devices_and_no_more(fleet: OwnFleet) -> None:
     with pytest.raises(InvalidValue, match="4 ranks were asked for, the fleet has 3 devices"):
-        fleet.members(4, 0, "")
+        fleet.members(4, {0: ""})
     with pytest.raises(InvalidValue, match=r"at least 2 devices and 70 s, got 1 and 100 s"):
         soak.run(Summary("soak", 1), fleet, 1, 100, 60, 8000, lambda _: None)
 

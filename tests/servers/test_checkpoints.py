@@ -160,6 +160,23 @@ def test_a_coordinator_that_is_killed_around_the_manifest(tmp_path: Path, place:
             assert len(list((tmp_path / "c").iterdir())) == NRANKS + 1, "what the killed one left is still there"
 
 
+def test_a_coordinator_that_is_killed_before_anything_is_restored(tmp_path: Path):
+    """All has been read and found to be right; the next one can restore it."""
+    log = tmp_path / "faults"
+    with Fleet(NRANKS, coordinator_options=("--failpoint", "restore.checked:kill", "--failpoint-log", str(log))) as fleet:
+        with dsml_gpu.connect(fleet.address, reconnect_s=0) as client:
+            comm = client.communicator(NRANKS)
+            arrays = arrays_on(comm, 1)
+            comm.checkpoint(tmp_path / "c", {"a": arrays}).wait(WAIT_S)
+            fill(arrays, 2)
+            with pytest.raises(PeerUnavailable, match="coordinator"):
+                comm.restore(tmp_path / "c", {"a": arrays}, timeout_s=WAIT_S)
+        assert log.read_text().startswith("restore.checked:kill")
+        addresses = [option for device in fleet.devices for option in ("--device", device.address)]
+        with ServerProcess("coordinator", *addresses) as coordinator:
+            assert assert_holds(coordinator.address, tmp_path / "c", 1) == 1
+
+
 @pytest.mark.slow
 def test_coordinators_killed_at_random_instants(tmp_path: Path):
     rng = random.Random(1)
