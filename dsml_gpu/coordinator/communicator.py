@@ -7,8 +7,7 @@ import itertools
 import logging
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol, cast
+from typing import Any, NamedTuple
 
 from dsml_gpu import failpoints
 from dsml_gpu.coordinator import plan
@@ -19,34 +18,17 @@ from dsml_gpu.coordinator.control_round import cancel
 from dsml_gpu.coordinator.device_handle import DeviceHandle
 from dsml_gpu.coordinator.diagnosis import HeldUp, HeldUpByLost
 from dsml_gpu.coordinator.epochs import Epoch, Epochs
+from dsml_gpu.coordinator.members import Keeper, Members
 from dsml_gpu.coordinator.order import Turn
-from dsml_gpu.coordinator.ranks import Planned, Ranks, RunSettings
+from dsml_gpu.coordinator.ranks import Ranks, RunSettings
 from dsml_gpu.coordinator.records import Begun
-from dsml_gpu.coordinator.remembered import forget
-from dsml_gpu.coordinator.replacement import Place, reads_of
+from dsml_gpu.coordinator.results import Done, result_of
 from dsml_gpu.coordinator.resume import Past
-from dsml_gpu.coordinator.shrink import without_lost
 from dsml_gpu.errors import CommNotReady, DsmlError, GroupMisuse, OutOfDevices, PeerUnavailable
 from dsml_gpu.observe import metrics
 from dsml_gpu.wire import gpu_sim_pb2 as pb
 
 log = logging.getLogger(__name__)
-
-#: Errors that another membership would not change.
-_REFUSALS = ("INVALID_ARGUMENT", "OUT_OF_RANGE", "FAILED_PRECONDITION", "RESOURCE_EXHAUSTED")
-
-
-class Keeper(Protocol):
-    """Who keeps what a communicator must not forget, and its devices."""
-
-    def begin_epoch(self, comm_id: int, epoch: Epoch, handles: Sequence[DeviceHandle]) -> None:
-        """A communicator is about to go on in another epoch, with these devices."""
-
-    def let_go(self, comm_id: int, handles: Sequence[DeviceHandle]) -> None:
-        """Devices are in a communicator no more."""
-
-    async def replace(self, place: Place) -> DeviceHandle:
-        """A device that has taken the place of a lost one. Raises DsmlError where none can."""
 
 
 class _Asked(NamedTuple):
@@ -55,15 +37,6 @@ class _Asked(NamedTuple):
     call: CollectiveCall
     epoch: Epoch
     number: int = 0
-
-
-@dataclass(frozen=True, slots=True)
-class _Done:
-    """Calls that have ended well, on which ranks, and the bytes that moved."""
-
-    ranks: Ranks
-    planned: Sequence[Planned]
-    moved: int
 
 
 class Communicator:
@@ -93,16 +66,20 @@ class Communicator:
         past: Past | None = None,
     ) -> None:
         self.comm_id = comm_id
-        self.on_failure = on_failure
-        self._chooser = chooser
+        self._on_failure = on_failure
         self._settings = settings
-        self._keeper = keeper
         self._commits = commits
-        self._epochs = Epochs([Epoch(1, tuple(range(len(handles))))] if past is None else past.epochs)
+        epochs = Epochs([Epoch(1, tuple(range(len(handles))))] if past is None else past.epochs)
         uids = None if past is None else past.process_uids
-        self._ranks = Ranks(comm_id, self._epochs.present.number, handles, chooser, settings, uids)
-        #: Why it takes no more operations; empty: it does.
-        self._broken = ""
+        ranks = Ranks(comm_id, epochs.present.number, handles, chooser, settings, uids)
+        self._members = Members(
+            comm_id,
+            epochs,
+            ranks,
+            lambda number, handles: Ranks(comm_id, number, handles, chooser, settings),
+            on_failure,
+            keeper,
+        )
         self._group: list[_Asked] | None = None
         self._numbers = itertools.count(1)
         self._finalized = past is not None and past.finalized
@@ -112,20 +89,20 @@ class Communicator:
     @property
     def handles(self) -> tuple[DeviceHandle, ...]:
         """Rank r of the present epoch is ``handles[r]``."""
-        return self._ranks.handles
+        return self._members.handles
 
     @property
     def epoch(self) -> Epoch:
         """The present one."""
-        return self._epochs.present
+        return self._members.epoch
 
     def nranks_of(self, epoch: int) -> int:
         """The number of ranks of an epoch, 0 for the first. Raises InvalidValue where there never was one."""
-        return self._epochs.of(epoch).nranks
+        return self._members.epoch_of(epoch).nranks
 
     def kept(self, epoch: int) -> tuple[int, ...]:
         """The ranks of an epoch that are left, which are those of the present one, in order. Raises as `Epochs.kept`."""
-        return self._epochs.kept(self._epochs.of(epoch))
+        return self._members.kept(self._members.epoch_of(epoch))
 
     @property
     def status(self) -> tuple[pb.Status, str]:
@@ -141,7 +118,7 @@ class Communicator:
             InvalidValue: p2p is forced, and the devices cannot open each other's memory.
             DsmlError: what a device refuses with.
         """
-        await self._ranks.join()
+        await self._members.ranks.join()
 
     async def finish(self, begun: Begun) -> bool:
         """Brings a round of passes to its end that the coordinator before may have begun; returns whether it has happened.
@@ -149,12 +126,12 @@ class Communicator:
         To be called before anything else.
         """
         try:
-            has_happened = await self._ranks.finish([pb.ExecuteRequest.FromString(one) for one in begun.requests])
+            has_happened = await self._members.ranks.finish([pb.ExecuteRequest.FromString(one) for one in begun.requests])
         except DsmlError as error:
             log.error("communicator %d: what runs over shared memory was left unfinished: %s", self.comm_id, error)
             return False
         if has_happened:
-            devices, epoch = self._ranks.device_ids, self.epoch.number
+            devices, epoch = self._members.ranks.device_ids, self.epoch.number
             self._commits.finish(begun, pb.CollectiveResult(transports=[pb.P2P], deviceIds=devices, epoch=epoch))
         return has_happened
 
@@ -210,11 +187,11 @@ class Communicator:
             RanksLost: it cannot be done without the ranks that are lost.
         """
         self._require_open()
-        asked = _Asked(call, self._epochs.of(epoch))
+        asked = _Asked(call, self._members.epoch_of(epoch))
         await self.check(asked.call, epoch)
         if call.own_schedule:
             self._require_open()  # the proof took its time
-        self._ranks.require_links(self._in_present(asked))
+        self._members.ranks.require_links(self._members.in_present(asked.call, asked.epoch))
         asked = asked._replace(number=next(self._numbers))
         if self._group is not None:
             self._group.append(asked)
@@ -223,13 +200,13 @@ class Communicator:
 
     async def check(self, call: CollectiveCall, epoch: int = 0) -> None:
         """Raises what `submit` refuses a call with for its buffers, its algorithm or its schedule."""
-        asked = _Asked(call, self._epochs.of(epoch))
-        for handle, rank in zip(self.handles, self._epochs.kept(asked.epoch), strict=True):
+        asked = _Asked(call, self._members.epoch_of(epoch))
+        for handle, rank in zip(self.handles, self._members.kept(asked.epoch), strict=True):
             for addr, nbytes in call.ranges[rank]:
                 handle.check(addr, nbytes)
         if call.own_schedule:
             # Proved before it is queued, beside the event loop: nobody knows how large it is.
-            await self._ranks.prove(self._in_present(asked))
+            await self._members.ranks.prove(self._members.in_present(asked.call, asked.epoch))
         elif call.algorithm:
             plan.require_known(call.name, call.algorithm)
 
@@ -257,23 +234,19 @@ class Communicator:
 
         With ``FAIL``, or where it is the only one, it only waits: what comes later fails.
         """
-        async with Turn(self.handles, self._settings.operation_timeout_s):
-            seats = [seat for seat, one in zip(self.epoch.seats, self.handles, strict=True) if one is not handle]
-            if len(seats) == len(self.handles) or not seats or self.on_failure == pb.FAIL:
-                return
-            log.info("communicator %d goes on without %s, which leaves", self.comm_id, handle)
-            self._begin_epoch({seat: one for seat, one in self._seated().items() if one is not handle})
-            self._keeper.let_go(self.comm_id, [handle])
+        async with self._turn():
+            self._members.retire(handle)
 
     def check_growing(self, number: int) -> None:
         """Raises what `grow` refuses so many devices with, whichever they are.
 
         Raises:
             CommNotReady, GroupMisuse: it was finalized, or a group is open.
+            PeerUnavailable: devices are lost, and it does not go on without them.
             OutOfDevices: it would have more than `MAX_RANKS`.
         """
         self._require_open()
-        self._require_whole()
+        self._members.require_whole()
         if self._group is not None:
             raise GroupMisuse(f"communicator {self.comm_id} has an open group, and cannot grow before its end")
         if self.epoch.nranks + number > plan.MAX_RANKS:
@@ -283,10 +256,10 @@ class Communicator:
 
     async def leave_lost_behind(self) -> None:
         """Goes on without devices that are lost, as the next operation would. Raises PeerUnavailable where it cannot."""
-        async with Turn(self.handles, self._settings.operation_timeout_s):
-            gone = self._ranks.gone()
+        async with self._turn():
+            gone = self._members.ranks.gone()
             if gone:
-                await self._go_on_after(gone, [])
+                await self._members.go_on_after(gone, [])
 
     async def grow(self, handles: Sequence[DeviceHandle]) -> None:
         """Takes in devices, which get the ranks behind the last one, after what was issued before.
@@ -295,139 +268,37 @@ class Communicator:
             DsmlError: see `check_growing`; or a device cannot join: then none has.
         """
         self.check_growing(len(handles))
-        async with Turn([*self.handles, *handles], self._settings.operation_timeout_s):
+        async with self._turn(handles):
             self.check_growing(len(handles))
-            next_seat = self._epochs.next_seat
-            before = self._seated()
-            self._begin_epoch(before | dict(enumerate(handles, next_seat)))
-            try:
-                await self._ranks.join()
-            except BaseException:
-                # Those that have joined must not stay in an epoch that the others never hear of.
-                self._begin_epoch(before)
-                for handle in handles:
-                    handle.drop(self.comm_id)
-                raise
+            await self._members.grow(handles)
 
-    def _seated(self) -> dict[int, DeviceHandle]:
-        return dict(zip(self.epoch.seats, self.handles, strict=True))
-
-    def _begin_epoch(self, seated: dict[int, DeviceHandle]) -> None:
-        """Goes on with these devices; they join with the next operation."""
-        forget()
-        epoch = self._epochs.begin(seated)
-        handles = list(seated.values())
-        self._keeper.begin_epoch(self.comm_id, epoch, handles)
-        self._ranks = Ranks(self.comm_id, epoch.number, handles, self._chooser, self._settings)
-
-    def _require_whole(self) -> None:
-        if self._broken:
-            raise PeerUnavailable(self._broken)
-
-    async def _gone_after(self, error: DsmlError) -> list[int]:
-        """The ranks that an error comes from, if it comes from ranks that are gone."""
-        if error.code in _REFUSALS:
-            return []
-        held_up = error if isinstance(error, HeldUp) else None
-        if held_up is not None and held_up.rank is not None and held_up.is_silent:
-            self.handles[held_up.rank].give_up(held_up.why)
-        silent = await self._ranks.probe()
-        for rank in silent:
-            self.handles[rank].give_up("does not answer")
-        gone = {*silent, *self._ranks.gone()}
-        if (
-            not gone
-            and held_up is not None
-            and held_up.rank is not None
-            # What is only slow is waited for much shorter.
-            and 2 * held_up.waited_ms >= self._settings.stall_timeout_ms
-            and self.on_failure != pb.FAIL
-        ):
-            # It answers here, but the others do not get what it sends, or it does not take what they do.
-            self.handles[held_up.rank].give_up(held_up.why)
-            gone.add(held_up.rank)
-        return sorted(gone)
-
-    async def _go_on_after(self, gone: Sequence[int], remaining: Sequence[_Asked]) -> list[pb.LostDevice]:
-        """Goes on as `on_failure` says when ranks are gone; returns who that is.
-
-        Args:
-            remaining: what is to be run next.
-
-        Raises:
-            PeerUnavailable: it is not to go on, or cannot.
-        """
-        if self.on_failure != pb.RESTORE:
-            return self._go_on_without(gone)
-        calls = [self._in_present(one) for one in remaining]
-        lost = [_lost(rank, self.handles[rank]) for rank in gone]
-        seated = self._seated()
-        try:
-            for one in lost:
-                seat, handle = self.epoch.seats[one.rank], self.handles[one.rank]
-                place = Place(self.comm_id, handle, seat, reads_of(calls, one.rank))
-                seated[seat] = await self._keeper.replace(place)
-                one.replacedBy = seated[seat].device_id
-        except BaseException as error:
-            came = [handle for handle in seated.values() if handle not in self.handles]
-            self._keeper.let_go(self.comm_id, came)
-            if isinstance(error, DsmlError):
-                self._broken = f"{_named(lost)}; nothing has taken the place: {error}"
-                raise PeerUnavailable(self._broken) from error
-            raise
-        left = [self.handles[rank] for rank in gone]
-        self._begin_epoch(seated)
-        self._keeper.let_go(self.comm_id, left)
-        return lost
-
-    def _go_on_without(self, gone: Sequence[int]) -> list[pb.LostDevice]:
-        """Leaves ranks behind that are gone; returns who that is. Raises PeerUnavailable where nothing is left.
-
-        What was under way has been undone, or ended well.
-        """
-        lost = [_lost(rank, self.handles[rank]) for rank in gone]
-        named = _named(lost)
-        left = {
-            seat: handle
-            for rank, (seat, handle) in enumerate(zip(self.epoch.seats, self.handles, strict=True))
-            if rank not in gone
-        }
-        if not left or self.on_failure != pb.SHRINK:
-            self._broken = named
-            raise PeerUnavailable(named)
-        handles = [self.handles[rank] for rank in gone]
-        self._begin_epoch(left)
-        log.warning("communicator %d goes on in epoch %d without %s", self.comm_id, self.epoch.number, named)
-        self._keeper.let_go(self.comm_id, handles)
-        return lost
+    def _turn(self, more: Sequence[DeviceHandle] = ()) -> Turn:
+        return Turn([*self.handles, *more], self._settings.operation_timeout_s)
 
     # ---- how calls are run --------------------------------------------------------------------------------------------
 
     def _start(self, asked: list[_Asked]) -> asyncio.Task[pb.CollectiveResult]:
         # The place in the order is taken here and now, not when the task gets to run.
-        turn = Turn(self.handles, self._settings.operation_timeout_s)
+        turn = self._turn()
         task = asyncio.ensure_future(self._run(asked, turn))
         self._running.add(task)
         task.add_done_callback(self._running.discard)
         task.add_done_callback(lambda _: turn.end())
         return task
 
-    def _in_present(self, asked: _Asked) -> CollectiveCall:
-        return without_lost(asked.call, self._epochs.kept(asked.epoch))
-
     async def _run(self, asked: list[_Asked], turn: Turn) -> pb.CollectiveResult:
         if not asked:
             return pb.CollectiveResult()
         calls = [one.call for one in asked]
         what = str(calls[0]) if len(calls) == 1 else f"a group of {len(calls)} operations"
-        done: list[_Done] = []
+        done: list[Done] = []
         lost: list[pb.LostDevice] = []
         progress = self._commits.begin(self.comm_id)
         started_ns = time.perf_counter_ns()
 
         def record(number: int, ncalls: int) -> None:
             elapsed_ns = time.perf_counter_ns() - started_ns
-            progress.record(number, progress.calls + ncalls, lambda: _result(done, lost, elapsed_ns))
+            progress.record(number, progress.calls + ncalls, lambda: result_of(done, lost, elapsed_ns))
 
         try:
             async with turn:
@@ -453,12 +324,12 @@ class Communicator:
         metrics.count_operations(
             [part for one in done for each in one.planned for part in each.parts], elapsed_s=elapsed_ns / 1e9
         )
-        return progress.total((lambda: _result(done, lost, elapsed_ns)) if done else None)
+        return progress.total((lambda: result_of(done, lost, elapsed_ns)) if done else None)
 
     async def _run_all(
         self,
         asked: Sequence[_Asked],
-        done: list[_Done],
+        done: list[Done],
         lost: list[pb.LostDevice],
         progress: Progress,
         record: Callable[[int, int], None],
@@ -471,79 +342,40 @@ class Communicator:
             progress: of the operation; these are the calls that no earlier try has done.
             record: gets the number of each round that has ended well, and how many calls have in all.
         """
-        remaining = list(asked)
+        members, remaining = self._members, list(asked)
+
+        def in_present(some: Sequence[_Asked]) -> list[CollectiveCall]:
+            return [members.in_present(one.call, one.epoch) for one in some]
 
         def begin(ncalls: int, requests: Iterable[pb.ExecuteRequest]) -> None:
             progress.begin(progress.calls + len(asked) - len(remaining) + ncalls, requests)
             failpoints.reach("round.begun")
 
         while remaining:
-            self._require_whole()
-            gone = self._ranks.gone()
+            members.require_whole()
+            gone = members.ranks.gone()
             if gone:
-                lost += await self._go_on_after(gone, remaining)
-            ranks = self._ranks
+                lost += await members.go_on_after(gone, in_present(remaining))
+            ranks = members.ranks
             try:
-                planned = await ranks.plan([self._in_present(one) for one in remaining])
+                planned = await ranks.plan(in_present(remaining))
                 async for some, moved in ranks.run(planned, [one.number for one in remaining], begin):
                     failpoints.reach("round.done")
-                    done.append(_Done(ranks, some, moved))
+                    done.append(Done(ranks, some, moved))
                     del remaining[: sum(len(one.parts) for one in some)]
                     record(ranks.last_round, len(asked) - len(remaining))
                     failpoints.reach("round.recorded")
             except DsmlError as error:
-                gone = await self._gone_after(error)
+                gone = await members.gone_after(error, self._settings.stall_timeout_ms)
                 if not gone:
                     raise
                 try:
                     if not self._settings.atomic:
                         # What is in the buffers is not what was there before: there is nothing to run it on again.
-                        self._go_on_without(gone)
+                        members.go_on_without(gone)
                         raise
-                    lost += await self._go_on_after(gone, remaining)
+                    lost += await members.go_on_after(gone, in_present(remaining))
                 except PeerUnavailable as end:
-                    if isinstance(error, HeldUp) and self.on_failure == pb.FAIL:
+                    if isinstance(error, HeldUp) and self._on_failure == pb.FAIL:
                         raise HeldUpByLost(str(error)) from end
                     raise
-
-
-def _named(lost: Sequence[pb.LostDevice]) -> str:
-    return "; ".join(f"rank {one.rank}: {one.reason}" for one in lost)
-
-
-def _lost(rank: int, handle: DeviceHandle) -> pb.LostDevice:
-    return pb.LostDevice(
-        deviceId=handle.device_id,
-        rank=rank,
-        reason=handle.lost or f"{handle} has lost the communicator; its server was restarted",
-        detectionNs=round(handle.lost_after_s * 1e9),
-    )
-
-
-def _result(done: Sequence[_Done], lost: Sequence[pb.LostDevice], elapsed_ns: int) -> pb.CollectiveResult:
-    planned = [each for one in done for each in one.planned]
-    algorithms = {one.algorithm for one in planned}
-    bytes_sent = sum(one.moved for one in done)
-    transports = {number for one in done for number in one.ranks.transports(one.planned)} if bytes_sent else ()
-    last = done[-1].ranks
-    return pb.CollectiveResult(
-        algorithm=algorithms.pop() if len(algorithms) == 1 else "",
-        transports=cast("list[pb.Transport]", sorted(transports)),
-        elapsedNs=elapsed_ns,
-        bytesSent=bytes_sent,
-        operations=[
-            pb.OperationChoice(
-                kind=part.name.upper(),
-                algorithm=part.algorithm,
-                reason=part.choice.reason,
-                predictedNs=min(round(part.choice.predicted_s * 1e9), (1 << 64) - 1),
-                deviceIds=one.ranks.device_ids,
-            )
-            for one in done
-            for each in one.planned
-            for part in each.parts
-        ],
-        deviceIds=last.device_ids,
-        epoch=last.epoch,
-        lost=lost,
-    )
