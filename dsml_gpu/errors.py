@@ -11,6 +11,9 @@ from __future__ import annotations
 
 from typing import ClassVar
 
+#: Codes of errors that say what is wrong with a request, or with what it is made to: nothing was done.
+REFUSALS = ("INVALID_ARGUMENT", "OUT_OF_RANGE", "FAILED_PRECONDITION", "RESOURCE_EXHAUSTED")
+
 
 class DsmlError(Exception):
     """Base of everything that dsml_gpu refuses or fails with.
@@ -184,6 +187,10 @@ class InternalError(DsmlError):
     """A defect of the server."""
 
     code = "INTERNAL"
+
+
+class BuffersUndefined(InternalError):
+    """An operation was begun, and nobody could bring it to its end: what is in its buffers is not defined."""
 
 
 class OperationAborted(DsmlError):

@@ -292,7 +292,7 @@ def coordinator(
     """Serve communicators and collectives over device servers, or over devices in this process."""
     from dsml_gpu.cli import serve
     from dsml_gpu.coordinator.server import CoordinatorConfig, CoordinatorServer
-    from dsml_gpu.coordinator.service import CoordinatorSettings
+    from dsml_gpu.coordinator.settings import CoordinatorSettings
 
     serve.set_up_logging(verbose)
     serve.set_up_reductions(compile_reductions)

@@ -18,7 +18,7 @@ import typer
 
 from dsml_gpu import failpoints
 from dsml_gpu.cli.units import format_bandwidth, format_duration, format_size
-from dsml_gpu.device.service import TransferSettings
+from dsml_gpu.device.settings import TransferSettings
 from dsml_gpu.errors import DsmlError
 from dsml_gpu.memory.arena import MIN_ARENA_BYTES
 from dsml_gpu.memory.backend import Backend, BackendUnavailable, select_backends

@@ -405,7 +405,7 @@ class Collectives:
         """The result that an answer carries, once the client knows who is in the communicator now."""
         result = result_of(response)
         if result is not None and result.epoch > self._epochs.present.epoch:
-            self._epochs.hear(response.result, self._ask_status)
+            self._epochs.follow(self._ask_status())
         return result
 
     def _ask_status(self) -> pb.GetCommStatusResponse:

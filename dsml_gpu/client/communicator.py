@@ -125,7 +125,7 @@ class Communicator(Collectives):
             raise InvalidValue(f"a communicator grows by at least 1 device, not {number}")
         request = pb.CommGrowRequest(commId=self.comm_id, numDevices=number, deviceIds=device_ids or ())
         answer = self._connection.call("CommGrow", request, self._connection.collective_timeout_s)
-        self._epochs.grown(answer.epoch, answer.devices)
+        self._epochs.follow(answer)
 
     def checkpoint(
         self, url: str | os.PathLike[str], arrays: Mapping[str, Sequence[DeviceArray]] | None = None

@@ -58,6 +58,8 @@ class Epochs:
         self._make = make
         self.present = Members(1, tuple(map(make, first)))
         self._known = {1: self.present}
+        #: By seat; see the contract's GetCommStatusResponse.
+        self._seated = dict(enumerate(self.present.devices))
 
     def of(self, arrays: Sequence[DeviceArray], name: str = "") -> Members:
         """The latest epoch whose ranks the arrays are on, one on each, in their order.
@@ -85,39 +87,20 @@ class Epochs:
         found = (members for members in reversed(self._known.values()) if identities <= set(members.identities))
         return next(found, self.present)
 
-    def hear(self, result: pb.CollectiveResult, ask: Callable[[], pb.GetCommStatusResponse]) -> None:
-        """The answer of an operation has told who is in it now.
+    def follow(self, told: pb.GetCommStatusResponse | pb.CommGrowResponse) -> None:
+        """The communicator is in the epoch that the coordinator tells of.
 
-        Args:
-            ask: for what is not known of the devices.
+        Arrays on a device whose place another one has taken are on that one from now on.
         """
-        known = {device.device_id: device for members in self._known.values() for device in members.devices}
-        epoch, device_ids = result.epoch, list(result.deviceIds)
-        if not known.keys() >= set(device_ids) or any(lost.replacedBy for lost in result.lost):
-            answer = ask()
-            epoch, device_ids = answer.epoch, [metadata.deviceId.value for metadata in answer.devices]
-            replaced = []
-            for lost in result.lost:
-                # Who has taken a place may have been lost in turn.
-                if lost.replacedBy and lost.deviceId in known:
-                    known[lost.replacedBy] = known.pop(lost.deviceId)
-                    replaced.append(known[lost.replacedBy])
-            for metadata in answer.devices:
-                device = known.get(metadata.deviceId.value)
-                if device is None:
-                    known[metadata.deviceId.value] = self._make(metadata)
-                elif device in replaced:
-                    device.become(metadata)
-        self.begin(epoch, [known[device_id] for device_id in device_ids])
-
-    def grown(self, epoch: int, metadatas: Iterable[pb.DeviceMetadata]) -> None:
-        """The communicator has taken devices in."""
-        known = {device.identity: device for device in self.present.devices}
-        self.begin(epoch, [known.get((one.deviceId.value, one.processUid)) or self._make(one) for one in metadatas])
-
-    def begin(self, epoch: int, devices: Iterable[Device]) -> None:
-        """The communicator is in an epoch from now on."""
-        self.present = self._known[epoch] = Members(epoch, tuple(devices))
+        devices = []
+        for seat, metadata in zip(told.seats, told.devices, strict=True):
+            device = self._seated.get(seat)
+            if device is None:
+                device = self._seated[seat] = self._make(metadata)
+            elif device.identity != (metadata.deviceId.value, metadata.processUid):
+                device.become(metadata)
+            devices.append(device)
+        self.present = self._known[told.epoch] = Members(told.epoch, tuple(devices))
 
     def left(self, arrays: Sequence[DeviceArray], name: str) -> list[DeviceArray]:
         """Those of the arrays that are on the present devices. Raises RankMismatch as `of`."""

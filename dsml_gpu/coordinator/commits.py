@@ -19,6 +19,7 @@ With a journal that does not outlive its process nothing is recorded.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterable
 from functools import partial
 from typing import cast
@@ -26,7 +27,10 @@ from typing import cast
 from dsml_gpu.coordinator.journal import Journal
 from dsml_gpu.coordinator.outcomes import asked
 from dsml_gpu.coordinator.records import Begun, Round
+from dsml_gpu.errors import InternalError
 from dsml_gpu.wire import gpu_sim_pb2 as pb
+
+log = logging.getLogger(__name__)
 
 #: Operations of one communicator that were begun, and whose end nobody has recorded: their callers are gone, or did not
 #: wait. The oldest are forgotten.
@@ -40,6 +44,7 @@ class Progress:
         known: what an earlier try of it has done; None: nothing.
         put: takes what is to be recorded of a round that has ended; None: nothing is.
         put_begun: takes what is to be recorded of a round of passes that begins.
+        forget_begun: called when it has ended, but is not going to be recorded as done.
 
     Attributes:
         calls: so many of its calls have been done by an earlier try.
@@ -50,11 +55,14 @@ class Progress:
         known: Round | None,
         put: Callable[[int, int, bytes], None] | None = None,
         put_begun: Callable[[int, int, tuple[bytes, ...]], None] | None = None,
+        forget_begun: Callable[[], None] = lambda: None,
     ) -> None:
         self.calls = 0 if known is None else known.calls
         self._before = None if known is None else pb.CollectiveResult.FromString(known.result)
         self._put = put
         self._put_begun = put_begun
+        self._forget_begun = forget_begun
+        self._has_begun = False
         self._recorded: pb.CollectiveResult | None = None
 
     def begin(self, calls: int, requests: Iterable[pb.ExecuteRequest]) -> None:
@@ -69,6 +77,7 @@ class Progress:
         """
         if self._put_begun is not None:
             some = tuple(requests)
+            self._has_begun = True
             self._put_begun(some[0].round, calls, tuple(request.SerializeToString() for request in some))
 
     def record(self, number: int, calls: int, result: Callable[[], pb.CollectiveResult]) -> None:
@@ -83,8 +92,17 @@ class Progress:
             InternalError: the journal cannot be written.
         """
         if self._put is not None:
-            self._recorded = self._sum(result)
-            self._put(number, calls, self._recorded.SerializeToString())
+            recorded = self._sum(result)
+            self._put(number, calls, recorded.SerializeToString())
+            self._recorded, self._has_begun = recorded, False
+
+    def give_up(self) -> None:
+        """The operation has ended without having been recorded as done: nothing of it may be done later."""
+        if self._has_begun:
+            try:
+                self._forget_begun()
+            except InternalError as error:
+                log.error("a later coordinator may do again what has ended: %s", error)
 
     def total(self, result: Callable[[], pb.CollectiveResult] | None) -> pb.CollectiveResult:
         """What all tries have done, when the last one has ended.
@@ -126,7 +144,12 @@ class Commits:
         operation = asked.get()
         key = "" if operation is None else operation.key
         known = self._rounds.get(comm_id, {}).get(key) if key else None
-        return Progress(known, partial(self._put, comm_id, key), partial(self._put_begun, comm_id, key))
+        return Progress(
+            known,
+            partial(self._put, comm_id, key),
+            partial(self._put_begun, comm_id, key),
+            partial(self.forget_begun, comm_id),
+        )
 
     def numbers(self, comm_id: int) -> frozenset[int]:
         """Numbers of the rounds of a communicator that are irrevocable, of those that a device may not have settled yet."""
@@ -162,6 +185,11 @@ class Commits:
         begun = Begun(comm_id, key, number, calls, requests)
         self._journal.put_begun(begun)
         self._begun[comm_id] = begun
+
+    def forget_begun(self, comm_id: int) -> None:
+        """The last round of passes of a communicator has ended. Without effect where there is none."""
+        self._begun.pop(comm_id, None)
+        self._journal.forget_begun(comm_id)
 
     def _put(self, comm_id: int, key: str, number: int, calls: int, result: bytes) -> None:
         begun = self._begun.get(comm_id)

@@ -24,7 +24,15 @@ from dsml_gpu.coordinator.ranks import Ranks, RunSettings
 from dsml_gpu.coordinator.records import Begun
 from dsml_gpu.coordinator.results import Done, result_of
 from dsml_gpu.coordinator.resume import Past
-from dsml_gpu.errors import CommNotReady, DsmlError, GroupMisuse, OutOfDevices, PeerUnavailable
+from dsml_gpu.errors import (
+    BuffersUndefined,
+    CommNotReady,
+    DsmlError,
+    GroupMisuse,
+    InternalError,
+    OutOfDevices,
+    PeerUnavailable,
+)
 from dsml_gpu.observe import metrics
 from dsml_gpu.wire import gpu_sim_pb2 as pb
 
@@ -124,12 +132,15 @@ class Communicator:
         """Brings a round of passes to its end that the coordinator before may have begun; returns whether it has happened.
 
         To be called before anything else.
+
+        Raises:
+            DsmlError: it could not be, and may have begun: what is in its buffers is not defined.
         """
         try:
             has_happened = await self._members.ranks.finish([pb.ExecuteRequest.FromString(one) for one in begun.requests])
         except DsmlError as error:
-            log.error("communicator %d: what runs over shared memory was left unfinished: %s", self.comm_id, error)
-            return False
+            self._last_status, self._last_message = pb.FAILED, str(error)
+            raise
         if has_happened:
             devices, epoch = self._members.ranks.device_ids, self.epoch.number
             self._commits.finish(begun, pb.CollectiveResult(transports=[pb.P2P], deviceIds=devices, epoch=epoch))
@@ -270,7 +281,16 @@ class Communicator:
         self.check_growing(len(handles))
         async with self._turn(handles):
             self.check_growing(len(handles))
-            await self._members.grow(handles)
+            while True:
+                try:
+                    await self._members.grow(handles)
+                    return
+                except DsmlError:
+                    # Of those that were in it one may have died, which nobody had noticed yet.
+                    gone = self._members.ranks.gone()
+                    if not gone or any(handle.lost for handle in handles):
+                        raise
+                    await self._members.go_on_after(gone, [])
 
     def _turn(self, more: Sequence[DeviceHandle] = ()) -> Turn:
         return Turn([*self.handles, *more], self._settings.operation_timeout_s)
@@ -306,9 +326,11 @@ class Communicator:
                 await self._run_all(asked[progress.calls :], done, lost, progress, record)
                 elapsed_ns = time.perf_counter_ns() - started_ns
         except asyncio.CancelledError:
+            progress.give_up()
             self._last_status, self._last_message = pb.FAILED, f"{what}: cancelled by the caller"
             raise
         except DsmlError as error:
+            progress.give_up()
             is_named = isinstance(error, (HeldUp, HeldUpByLost))
             named = error if is_named else type(error)(f"{what}: {error}")
             self._last_status, self._last_message = pb.FAILED, str(named)
@@ -317,6 +339,7 @@ class Communicator:
                 raise
             raise named from error
         except Exception as error:
+            progress.give_up()
             self._last_status, self._last_message = pb.FAILED, f"{what}: defect of the server: {error!r}"
             log.exception("%s met a defect of the server", what)
             raise
@@ -363,19 +386,27 @@ class Communicator:
                     failpoints.reach("round.done")
                     done.append(Done(ranks, some, moved))
                     del remaining[: sum(len(one.parts) for one in some)]
-                    record(ranks.last_round, len(asked) - len(remaining))
+                    try:
+                        record(ranks.last_round, len(asked) - len(remaining))
+                    except InternalError as error:
+                        if await ranks.undo_last():
+                            raise
+                        log.error("communicator %d: what has happened could not be recorded: %s", self.comm_id, error)
                     failpoints.reach("round.recorded")
             except DsmlError as error:
                 gone = await members.gone_after(error, self._settings.stall_timeout_ms)
                 if not gone:
                     raise
+                is_undefined = not self._settings.atomic or isinstance(error, BuffersUndefined)
                 try:
-                    if not self._settings.atomic:
+                    if is_undefined:
                         # What is in the buffers is not what was there before: there is nothing to run it on again.
                         members.go_on_without(gone)
                         raise
                     lost += await members.go_on_after(gone, in_present(remaining))
                 except PeerUnavailable as end:
+                    if isinstance(error, BuffersUndefined):
+                        raise error from end
                     if isinstance(error, HeldUp) and self._on_failure == pb.FAIL:
                         raise HeldUpByLost(str(error)) from end
                     raise

@@ -95,7 +95,7 @@ async def run_round(
             comm_id = requests[failed[0]].commId
             await asyncio.shield(fence.fence(comm_id, handles, failed))
         if any(task.cancelled() or task.exception() for task in tasks.values()):
-            answers = await asyncio.shield(settle(handles, requests, pb.QuiesceRequest.ROLL_BACK))
+            answers = await asyncio.shield(roll_back(handles, requests))
     failures = [error for task in tasks.values() if not task.cancelled() and (error := task.exception()) is not None]
     error = late or min(failures, key=_vagueness, default=None)
     if error is not None:
@@ -130,6 +130,14 @@ async def execute(rank: int, handle: DeviceHandle, request: pb.ExecuteRequest) -
     finally:
         loss.cancel()
     return cast("pb.ExecuteResponse", response)
+
+
+async def roll_back(handles: Sequence[DeviceHandle], requests: Mapping[int, pb.ExecuteRequest]) -> Answers:
+    """Has all ranks of an atomic round undo it; those that do not answer are given up, as they may have what they did."""
+    answers = await settle(handles, requests, pb.QuiesceRequest.ROLL_BACK)
+    for rank in answers.silent:
+        handles[rank].give_up("has not undone what it did of an operation that failed")
+    return answers
 
 
 async def settle(

@@ -9,7 +9,8 @@ from typing import Any
 
 from dsml_gpu.coordinator.device_handle import DeviceHandle
 from dsml_gpu.device.device import Device
-from dsml_gpu.device.service import DeviceService, TransferSettings
+from dsml_gpu.device.service import DeviceService
+from dsml_gpu.device.settings import TransferSettings
 from dsml_gpu.errors import OutOfDevices
 from dsml_gpu.memory.arena import Arena
 from dsml_gpu.memory.backend import Backend

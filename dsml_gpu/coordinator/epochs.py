@@ -48,12 +48,14 @@ class Epochs:
         """A seat that nobody ever had; those that follow are free as well."""
         return 1 + max(seat for epoch in self._known.values() for seat in epoch.seats)
 
-    def begin(self, seats: Iterable[int]) -> Epoch:
-        """The next epoch."""
-        self.present = Epoch(self.present.number + 1, tuple(seats))
+    def next(self, seats: Iterable[int]) -> Epoch:
+        """What the next epoch will be; until `begin` there is none."""
+        return Epoch(self.present.number + 1, tuple(seats))
+
+    def begin(self, epoch: Epoch) -> None:
+        """The next epoch is the present one from now on."""
+        self.present = self._known[epoch.number] = epoch
         self._kept.clear()
-        self._known[self.present.number] = self.present
-        return self.present
 
     def of(self, number: int) -> Epoch:
         """The epoch of a number; 0 is the first one. Raises InvalidValue where there never was one."""

@@ -71,6 +71,9 @@ class Journal(Protocol):
     def put_begun(self, begun: Begun) -> None:
         """Replaces the one of the same communicator."""
 
+    def forget_begun(self, comm_id: int) -> None:
+        """Without effect where there is none."""
+
     def put_outcome(self, outcome: Outcome) -> None:
         """Of many, those of the last `MAX_OUTCOMES` are kept."""
 
@@ -153,6 +156,9 @@ class MemoryJournal:
 
     def put_begun(self, begun: Begun) -> None:
         self._begun[begun.comm_id] = begun
+
+    def forget_begun(self, comm_id: int) -> None:
+        self._begun.pop(comm_id, None)
 
     def put_outcome(self, outcome: Outcome) -> None:
         self._outcomes[outcome.key] = outcome

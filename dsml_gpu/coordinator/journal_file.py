@@ -48,6 +48,8 @@ VERSION = 2
 _APPLICATION_ID = 0x64736D6C
 #: So many records are written before the log's content goes into the database.
 _RECORDS_PER_CHECKPOINT = 1000
+#: A log of more pages of 4 KiB is begun anew.
+_LONG_LOG_PAGES = 4096
 #: Outcomes are deleted so many at a time.
 _OUTCOMES_PER_DELETION = 256
 
@@ -83,7 +85,7 @@ class FileJournal:
         self.path = path
         self._depth = 0
         self._records = 0
-        self._checkpoint: threading.Thread | None = None
+        self._checkpoint: _Checkpoint | None = None
         self._lock = _lock(path)
         try:
             if not path.exists():
@@ -178,6 +180,9 @@ class FileJournal:
         numbers = (_signed(begun.number), begun.calls)
         self._put("begun", _signed(begun.comm_id), begun.key, *numbers, _fields(begun.requests))
 
+    def forget_begun(self, comm_id: int) -> None:
+        self._execute("DELETE FROM begun WHERE comm_id = ?", _signed(comm_id))
+
     def put_outcome(self, outcome: Outcome) -> None:
         self._last_outcome += 1
         refused = outcome.refused or Refused("", "", "")
@@ -217,10 +222,25 @@ class FileJournal:
         except sqlite3.Error as error:
             raise InternalError(f"the journal {self.path} cannot be written: {error}") from error
         self._records += 1
-        if self._records >= _RECORDS_PER_CHECKPOINT and (self._checkpoint is None or not self._checkpoint.is_alive()):
-            self._records = 0
-            self._checkpoint = threading.Thread(target=_checkpoint, args=(self.path,), name="dsml-gpu-journal", daemon=True)
-            self._checkpoint.start()
+        if not self._database.in_transaction:
+            self._keep_log_short()
+
+    def _keep_log_short(self) -> None:
+        """Has the log brought into the database, and begun anew where it is long.
+
+        SQLite begins it anew when all of it is in the database while somebody writes. A thread brings most of it there,
+        which takes long, as the system has to have it on the disk; what has been written meanwhile is little.
+        """
+        if self._checkpoint is None:
+            if self._records >= _RECORDS_PER_CHECKPOINT:
+                self._records = 0
+                self._checkpoint = _Checkpoint(self.path)
+                self._checkpoint.start()
+        elif not self._checkpoint.is_alive():
+            if self._checkpoint.log_pages > _LONG_LOG_PAGES:
+                with suppress(sqlite3.Error):  # then it is longer, until the next time
+                    self._database.execute("PRAGMA wal_checkpoint(PASSIVE)")
+            self._checkpoint = None
 
     def _communicators(self, order: str, where: str = "", *values: Any) -> tuple[KnownCommunicator, ...]:
         return tuple(
@@ -328,15 +348,26 @@ def _use_log(database: sqlite3.Connection, path: Path) -> None:
         raise JournalUnusable(f"the journal {path} is where SQLite can have no write-ahead log, such as a network share")
 
 
-def _checkpoint(path: Path) -> None:
-    """Brings the log's content into the database, while others go on writing."""
-    with suppress(sqlite3.Error, JournalUnusable):  # then the log is longer, until the next time
-        database = sqlite3.connect(path, isolation_level=None)
-        try:
-            _use_log(database, path)
-            database.execute("PRAGMA wal_checkpoint(PASSIVE)")
-        finally:
-            database.close()
+class _Checkpoint(threading.Thread):
+    """Brings the log's content into the database, while others go on writing.
+
+    Attributes:
+        log_pages: that the log had when it ended; 0: not known.
+    """
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(name="dsml-gpu-journal", daemon=True)
+        self._path = path
+        self.log_pages = 0
+
+    def run(self) -> None:
+        with suppress(sqlite3.Error, JournalUnusable):  # then the log is longer, until the next time
+            database = sqlite3.connect(self._path, isolation_level=None)
+            try:
+                _use_log(database, self._path)
+                _, self.log_pages, _ = database.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchone()
+            finally:
+                database.close()
 
 
 # ---- values as SQLite has them ----------------------------------------------------------------------------------------

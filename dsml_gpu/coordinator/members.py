@@ -18,20 +18,21 @@ from dsml_gpu.coordinator.ranks import Ranks
 from dsml_gpu.coordinator.remembered import forget
 from dsml_gpu.coordinator.replacement import Place, reads_of
 from dsml_gpu.coordinator.shrink import without_lost
-from dsml_gpu.errors import DsmlError, PeerUnavailable
+from dsml_gpu.errors import REFUSALS, DsmlError, PeerUnavailable
 from dsml_gpu.wire import gpu_sim_pb2 as pb
 
 log = logging.getLogger(__name__)
-
-#: Errors that another membership would not change.
-_REFUSALS = ("INVALID_ARGUMENT", "OUT_OF_RANGE", "FAILED_PRECONDITION", "RESOURCE_EXHAUSTED")
 
 
 class Keeper(Protocol):
     """Who keeps what a communicator must not forget, and its devices."""
 
-    def begin_epoch(self, comm_id: int, epoch: Epoch, handles: Sequence[DeviceHandle]) -> None:
-        """A communicator is about to go on in another epoch, with these devices."""
+    def begin_epoch(self, comm_id: int, epoch: Epoch, handles: Sequence[DeviceHandle], *, grows: bool = False) -> None:
+        """A communicator is about to go on in another epoch, with these devices.
+
+        Args:
+            grows: it is the end of the operation that takes some of them in, but for their joining.
+        """
 
     def let_go(self, comm_id: int, handles: Sequence[DeviceHandle]) -> None:
         """Devices are in a communicator no more."""
@@ -95,7 +96,7 @@ class Members:
         return without_lost(call, self._epochs.kept(epoch))
 
     def require_whole(self) -> None:
-        """Raises PeerUnavailable where devices are lost, and it is not to go on without them, or cannot."""
+        """Raises PeerUnavailable where devices were lost, and it was not to go on without them."""
         if self._broken:
             raise PeerUnavailable(self._broken)
 
@@ -118,7 +119,7 @@ class Members:
         """
         next_seat = self._epochs.next_seat
         before = self._seated()
-        self._begin_epoch(before | dict(enumerate(handles, next_seat)))
+        self._begin_epoch(before | dict(enumerate(handles, next_seat)), grows=True)
         try:
             await self.ranks.join()
         except BaseException:
@@ -131,20 +132,20 @@ class Members:
     def _seated(self) -> dict[int, DeviceHandle]:
         return dict(zip(self.epoch.seats, self.handles, strict=True))
 
-    def _begin_epoch(self, seated: dict[int, DeviceHandle]) -> None:
-        """Goes on with these devices; they join with the next operation."""
-        forget()
-        epoch = self._epochs.begin(seated)
-        handles = list(seated.values())
-        self._keeper.begin_epoch(self._comm_id, epoch, handles)
+    def _begin_epoch(self, seated: dict[int, DeviceHandle], *, grows: bool = False) -> None:
+        """Goes on with these devices; they join with the next operation. Changes nothing where the keeper raises."""
+        epoch, handles = self._epochs.next(seated), list(seated.values())
+        self._keeper.begin_epoch(self._comm_id, epoch, handles, grows=grows)
+        self._epochs.begin(epoch)
         self.ranks = self._make_ranks(epoch.number, handles)
+        forget()
 
     # ---- who is lost --------------------------------------------------------------------------------------------------
 
     async def gone_after(self, error: DsmlError, stall_timeout_ms: int) -> list[int]:
         """The ranks that an operation's error comes from, if it comes from ranks that are gone. They are given up."""
-        if error.code in _REFUSALS:
-            return []
+        if error.code in REFUSALS:
+            return []  # another membership would not change it
         held_up = error if isinstance(error, HeldUp) else None
         if held_up is not None and held_up.rank is not None and held_up.is_silent:
             self.handles[held_up.rank].give_up(held_up.why)
@@ -190,8 +191,8 @@ class Members:
             came = [handle for handle in seated.values() if handle not in self.handles]
             self._keeper.let_go(self._comm_id, came)
             if isinstance(error, DsmlError):
-                self._broken = f"{_named(lost)}; nothing has taken the place: {error}"
-                raise PeerUnavailable(self._broken) from error
+                # The next operation tries again.
+                raise PeerUnavailable(f"{_named(lost)}; nothing has taken the place: {error}") from error
             raise
         left = [self.handles[rank] for rank in gone]
         self._begin_epoch(seated)

@@ -92,6 +92,14 @@ class MemoryAccess:
         if closed is not None:
             log.warning("communicator %d uses gRPC: %s", comm_id, closed)
 
+    def resume(self, handles: Sequence[DeviceHandle]) -> None:
+        """The ranks have joined with the coordinator before; what they have open of each other, they have open still.
+
+        They join again before the next operation.
+        """
+        self._one_process = len({handle.metadata.processUid for handle in handles}) == 1
+        self._places = [None] * len(handles)
+
     def has_moved(self, handles: Sequence[DeviceHandle]) -> bool:
         """Whether memory of a rank is somewhere else than when it joined: then all must join again."""
         if not self.all_open or self._one_process:  # which needs not open what it has
@@ -201,7 +209,8 @@ async def _share_memory(handle: DeviceHandle) -> str | None:
 
 
 async def _move_memory(handle: DeviceHandle) -> None:
+    """Has a device's memory move; gives the device up where it does not: somebody may write to it who was given up."""
     try:
         await handle.share_memory(move=True)
     except DsmlError as error:
-        log.warning("the memory of %s did not move: %s", handle, error)
+        handle.give_up(f"may be written to by devices that were given up; its memory did not move: {error}")

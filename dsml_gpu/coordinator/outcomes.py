@@ -199,8 +199,7 @@ class Outcomes:
             log.exception("%s met a defect of the server", operation.method)
             error = InternalError(f"defect of the server: {type(defect).__name__}: {defect}")
         if error is not None:
-            refused = Refused(error.code, error.refusal, str(error))
-            self.keep(Outcome(operation.key, operation.comm_id, operation.method, refused=refused))
+            self.keep(Outcome(operation.key, operation.comm_id, operation.method, refused=Refused.of(error)))
         failpoints.reach("outcomes.kept", method=operation.method)
         running.settle(answer, error)
 
@@ -225,7 +224,7 @@ class Outcomes:
 
 
 def _require_same(operation: Asked, method: str, comm_id: int) -> None:
-    if (operation.method, operation.comm_id) != (method, comm_id):
+    if (operation.method, operation.comm_id) != (method or operation.method, comm_id):
         raise InvalidValue(
             f"the idempotency key {operation.key!r} is that of {method} of communicator {comm_id}, and came again with "
             f"{operation.method} of communicator {operation.comm_id}"

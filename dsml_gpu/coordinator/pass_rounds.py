@@ -28,10 +28,10 @@ from typing import Any, TypeVar
 
 from dsml_gpu.coordinator import passes
 from dsml_gpu.coordinator.call import CollectiveCall
-from dsml_gpu.coordinator.control_round import cancel, execute, run_round, settle
+from dsml_gpu.coordinator.control_round import cancel, execute, roll_back, run_round, settle
 from dsml_gpu.coordinator.device_handle import DeviceHandle
 from dsml_gpu.coordinator.memory_access import MemoryAccess
-from dsml_gpu.errors import DsmlError, InternalError, OperationAborted, OperationTimeout
+from dsml_gpu.errors import REFUSALS, BuffersUndefined, DsmlError, OperationAborted, OperationTimeout
 from dsml_gpu.wire import gpu_sim_pb2 as pb
 
 log = logging.getLogger(__name__)
@@ -91,6 +91,8 @@ class PassRounds:
         self._settling: set[asyncio.Task[Any]] = set()
         #: Number that the last run can be settled by, where ranks have kept what it has overwritten; 0: they have not.
         self.kept_round = 0
+        #: What these ranks were told to keep.
+        self.keeping: Mapping[int, pb.ExecuteRequest] = {}
 
     async def runs_of(self, calls: Sequence[CollectiveCall]) -> list[list[CollectiveCall]]:
         """Calls in runs, in order, each of which happens as a whole or not at all (`run`)."""
@@ -108,12 +110,13 @@ class PassRounds:
         done it for them.
 
         Raises:
+            BuffersUndefined: ranks could not go on with what was begun.
             DsmlError: of all that ranks failed with, what happened first. Where it is atomic, all buffers of all ranks that
-                are left are as they were; but for InternalError, which says that ranks could not go on with what was begun.
+                are left are as they were.
             asyncio.CancelledError: it was cancelled, and has ended: as it would have, or nothing was written.
         """
         staging_bytes = await self._staging_bytes()
-        self.kept_round = 0
+        self.kept_round, self.keeping = 0, {}
         moved = 0
         for one_round in passes.rounds_of(tuple(calls), self._team, staging_bytes):
             if not self._atomic:
@@ -182,6 +185,8 @@ class PassRounds:
     ) -> int:
         """Runs what is left of a round, to its end: for `left_s`, and then for `limit_s` by each who goes on with it."""
         moved, errors = await self._answers(requests, attempt, left_s)
+        if len(errors) == len(parts) and all(error.code in REFUSALS for error in errors.values()):
+            raise errors[parts[0].owner]  # before anything was written
         if errors:
             moved += await self._roll_forward(round_id, [part for part in parts if part.owner in errors], errors, limit_s)
         return moved
@@ -245,7 +250,7 @@ class PassRounds:
 
         Raises:
             DsmlError: of `errors`, where the work was not begun.
-            InternalError: nobody could.
+            BuffersUndefined: nobody could.
         """
         able = {rank for rank, handle in enumerate(self._handles) if not handle.lost}
         await self._give_up(sorted(errors), able)
@@ -268,9 +273,9 @@ class PassRounds:
             others = able - {*tried} - busy
             doer = min(others, key=lambda rank: (rank == part.owner, rank), default=None)
             if doer is None:
-                if not able:
+                if all(handle.lost for handle in self._handles):
                     raise first  # nobody is left who could tell what is in the memory of the others
-                raise InternalError(
+                raise BuffersUndefined(
                     f"ranks {tried} failed to go on with what rank {part.owner} has begun; what is in the buffers is not "
                     f"defined: {first}"
                 )
@@ -326,9 +331,9 @@ class PassRounds:
         try:
             moved = await run_round(self._handles, requests, limit_s, self._memories)
         except BaseException:
-            await _to_its_end(settle(self._handles, keeping, pb.QuiesceRequest.ROLL_BACK))
+            await _to_its_end(roll_back(self._handles, keeping))
             raise
-        self.kept_round = round_id
+        self.kept_round, self.keeping = round_id, keeping
         self._to_settle.append(keeping)
         return moved
 

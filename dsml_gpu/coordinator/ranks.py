@@ -11,7 +11,7 @@ from itertools import groupby
 from dsml_gpu.coordinator import diagnosis, passes, plan
 from dsml_gpu.coordinator.call import CollectiveCall
 from dsml_gpu.coordinator.choice import Choice, Chooser
-from dsml_gpu.coordinator.control_round import RoundTimeout, run_round, settle
+from dsml_gpu.coordinator.control_round import RoundTimeout, roll_back, run_round, settle
 from dsml_gpu.coordinator.device_handle import DeviceHandle
 from dsml_gpu.coordinator.fusion import buckets_of, fused
 from dsml_gpu.coordinator.memory_access import MemoryAccess
@@ -117,6 +117,7 @@ class Ranks:
         )
         self._settling: set[asyncio.Task[object]] = set()
         self._joined = False
+        self._last_requests: Mapping[int, pb.ExecuteRequest] = {}
         self.last_round = 0
 
     @property
@@ -157,12 +158,17 @@ class Ranks:
         return [rank for rank, has_answered in enumerate(answers) if not has_answered]
 
     async def finish(self, requests: Sequence[pb.ExecuteRequest]) -> bool:
-        """See `pass_rounds.PassRounds.finish`."""
+        """See `pass_rounds.PassRounds.finish`. Before they join."""
+        self._memories.resume(self.handles)
         return requests[0].epoch == self.epoch and await self._passes.finish(requests)
 
     def require_links(self, call: CollectiveCall) -> None:
-        """Raises InvalidValue where p2p is forced, and a call needs slices to go between processes."""
-        self._memories.require_links(call, self._by_passes(call))
+        """Raises InvalidValue where p2p is forced, and a call needs slices to go between processes.
+
+        Who has not joined yet does not know; `plan` looks again then.
+        """
+        if self._joined:
+            self._memories.require_links(call, self._by_passes(call))
 
     async def prove(self, call: CollectiveCall) -> None:
         """Proves the schedule that a call brings, beside the event loop: nobody knows how large it is.
@@ -179,6 +185,8 @@ class Ranks:
         """
         if not self._joined or self._memories.has_moved(self.handles):
             await self.join()
+            for call in calls:
+                self.require_links(call)
         planned = []
         for by_passes, group in groupby(calls, key=self._by_passes):
             if by_passes:
@@ -237,9 +245,9 @@ class Ranks:
             of_some = [[next(number) for _ in one.parts] for one in some]
             if by_passes:
                 for one_run in await self._passes.runs_of([one.call for one in some]):
-                    self.last_round = 0
+                    self.last_round, self._last_requests = 0, {}
                     moved = await self._passes.run(one_run, partial(begin, len(one_run)))
-                    self.last_round = self._passes.kept_round
+                    self.last_round, self._last_requests = self._passes.kept_round, self._passes.keeping
                     yield some[: len(one_run)], moved
                     self._passes.settle_later()
                     some = some[len(one_run) :]
@@ -266,8 +274,18 @@ class Ranks:
             moved = await run_round(self.handles, requests, settings.operation_timeout_s)
         except RoundTimeout as error:
             raise self._held_up(error, planned, numbers) from error
-        self.last_round = requests[0].round
+        self.last_round, self._last_requests = requests[0].round, requests
         return moved, requests
+
+    async def undo_last(self) -> bool:
+        """Undoes what `run` has yielded last; returns False where it cannot be any more.
+
+        Ranks that do not hear of it are given up.
+        """
+        if not self.last_round:
+            return False
+        await asyncio.shield(roll_back(self.handles, self._last_requests))
+        return True
 
     def _begin_commit(self, requests: Mapping[int, pb.ExecuteRequest]) -> None:
         settling = asyncio.ensure_future(settle(self.handles, requests, pb.QuiesceRequest.COMMIT))

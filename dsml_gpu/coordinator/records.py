@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+from dsml_gpu.errors import DsmlError
+
 #: Outcomes are kept for so many operations.
 MAX_OUTCOMES = 4096
 
@@ -126,6 +128,10 @@ class Refused:
     refusal: str
     message: str
 
+    @classmethod
+    def of(cls, error: DsmlError) -> Refused:
+        return cls(error.code, error.refusal, str(error))
+
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
@@ -133,7 +139,7 @@ class Outcome:
 
     Attributes:
         comm_id: its communicator; 0: none.
-        method: of GPUCoordinator.
+        method: of GPUCoordinator; empty: not known, of one that was refused or has failed.
         answer: bytes of its response.
         refused: what it was refused or failed with; None: it ended well.
     """

@@ -166,9 +166,11 @@ class DeviceRegistry:
         process_uid, handles = server.process_uid, list(server.handles)
         for handle in handles:
             handle.leaving = True
-        await asyncio.gather(*(retire(handle) for handle in handles))
-        for handle in handles:
-            handle.leaving = False
+        try:
+            await asyncio.gather(*(retire(handle) for handle in handles))
+        finally:
+            for handle in handles:
+                handle.leaving = False
         if server.process_uid != process_uid:  # the next process is there already
             return
         self._left.add(server.address)

@@ -44,6 +44,10 @@ class Allocations:
         """A device has taken the place of another one."""
         self._known[comm_id, to] = self._known.pop((comm_id, device_id), {})
 
+    def drop(self, comm_id: int, device_id: int) -> None:
+        """A device is in the communicator no more."""
+        self._known.pop((comm_id, device_id), None)
+
     def forget(self, comm_id: int) -> None:
         """The communicator has ended."""
         for key in [key for key in self._known if key[0] == comm_id]:

@@ -10,7 +10,8 @@ from dsml_gpu.coordinator.embedded import DeviceService, EmbeddedDevices, Transf
 from dsml_gpu.coordinator.journal import open_journal
 from dsml_gpu.coordinator.records import KnownServer
 from dsml_gpu.coordinator.registry import DeviceRegistry
-from dsml_gpu.coordinator.service import CoordinatorService, CoordinatorSettings
+from dsml_gpu.coordinator.service import CoordinatorService
+from dsml_gpu.coordinator.settings import CoordinatorSettings
 from dsml_gpu.memory.backend import NUMPY, Backend
 from dsml_gpu.wire.lane import LaneServer
 from dsml_gpu.wire.server import RpcServer

@@ -16,7 +16,7 @@ class Piece:
 
     Attributes:
         nbytes: its size.
-        send, recv: as of `executor.Block`.
+        send, recv: as of `operation.Block`.
     """
 
     nbytes: int

@@ -133,6 +133,13 @@ class Device:
             raise InvalidValue(f"rank {membership.rank} is not one of {membership.nranks} ranks")
         self._memberships[membership.comm_id] = membership
 
+    def opened_before(self, comm_id: int, epoch: int, rank: int, device_id: int) -> RankMemory | None:
+        """The memory of a rank that this device has open already, as a member of the same epoch; None: it has not."""
+        known = self._memberships.get(comm_id)
+        if known is None or known.epoch != epoch or rank >= len(known.memories) or known.peer(rank).device_id != device_id:
+            return None
+        return known.memories[rank]
+
     def leave(self, comm_id: int) -> None:
         """Forgets a communicator and frees what was allocated for it. Idempotent."""
         self._memberships.pop(comm_id, None)

@@ -11,7 +11,7 @@ import numpy as np
 from dsml_gpu.device.buckets import Piece
 from dsml_gpu.device.dataflow import Dataflow, dataflow_of
 from dsml_gpu.device.device import Membership
-from dsml_gpu.device.executor import Block, Operation
+from dsml_gpu.device.operation import Block, Operation
 from dsml_gpu.device.passes import Pass
 from dsml_gpu.errors import InvalidValue
 from dsml_gpu.memory.arena import Arena

@@ -10,7 +10,8 @@ from dataclasses import dataclass, field
 
 from dsml_gpu.device.device import Device
 from dsml_gpu.device.registration import Registration
-from dsml_gpu.device.service import DeviceService, TransferSettings
+from dsml_gpu.device.service import DeviceService
+from dsml_gpu.device.settings import TransferSettings
 from dsml_gpu.memory.arena import Arena
 from dsml_gpu.memory.backend import NUMPY, Backend
 from dsml_gpu.wire.lane import LaneServer

@@ -6,10 +6,9 @@ The event loop copies memory, piece by piece, and a thread does what files need,
 from __future__ import annotations
 
 import asyncio
-import itertools
 import threading
-from collections import deque
 from collections.abc import AsyncGenerator, Sequence
+from contextlib import aclosing
 from typing import Any
 
 import numpy as np
@@ -19,10 +18,10 @@ from dsml_gpu.checkpoints.folders import Folder, folder_at
 from dsml_gpu.checkpoints.manifest import SavedFile
 from dsml_gpu.checkpoints.shards import ArraySpec, check_header, checked_bytes, header_of, write_shard
 from dsml_gpu.checkpoints.threads import in_thread
+from dsml_gpu.device.copies import read_pieces
 from dsml_gpu.device.device import Device
 from dsml_gpu.errors import InvalidValue, OutOfMemory
 from dsml_gpu.memory.arena import Arena
-from dsml_gpu.memory.device_memory import Download
 from dsml_gpu.reduction import dtype_of
 from dsml_gpu.wire import gpu_sim_pb2 as pb
 
@@ -107,24 +106,13 @@ async def _copy_to_host(arena: Arena, addr: int, nbytes: int) -> np.ndarray:
         copy = np.empty(nbytes, np.uint8)
     except MemoryError as error:
         raise OutOfMemory(f"no memory for a copy of {nbytes} bytes: {error}") from error
-    starts = iter(range(0, nbytes, _COPY_BYTES))
-    under_way: deque[tuple[int, Download]] = deque()
-    try:
-        while True:
-            # While one piece is copied here, the next one comes to the host.
-            for start in itertools.islice(starts, 2 - len(under_way)):
-                under_way.append((start, arena.begin_read(addr + start, min(_COPY_BYTES, nbytes - start))))
-            if not under_way:
-                return copy
-            start, download = under_way[0]
-            data = await download.wait()
-            copy[start : start + data.nbytes] = data
-            under_way.popleft()
-            download.release()
+    copied = 0
+    async with aclosing(read_pieces(arena, addr, nbytes, _COPY_BYTES)) as pieces:
+        async for piece in pieces:
+            copy[copied : copied + piece.nbytes] = piece
+            copied += piece.nbytes
             await asyncio.sleep(0)
-    finally:
-        for _, download in under_way:
-            download.release()
+    return copy
 
 
 class _Part:

@@ -759,18 +759,20 @@ class GetCommStatusRequest(_message.Message):
     def __init__(self, commId: _Optional[int] = ...) -> None: ...
 
 class GetCommStatusResponse(_message.Message):
-    __slots__ = ("status", "message", "epoch", "devices", "lane")
+    __slots__ = ("status", "message", "epoch", "devices", "lane", "seats")
     STATUS_FIELD_NUMBER: _ClassVar[int]
     MESSAGE_FIELD_NUMBER: _ClassVar[int]
     EPOCH_FIELD_NUMBER: _ClassVar[int]
     DEVICES_FIELD_NUMBER: _ClassVar[int]
     LANE_FIELD_NUMBER: _ClassVar[int]
+    SEATS_FIELD_NUMBER: _ClassVar[int]
     status: Status
     message: str
     epoch: int
     devices: _containers.RepeatedCompositeFieldContainer[DeviceMetadata]
     lane: str
-    def __init__(self, status: _Optional[_Union[Status, str]] = ..., message: _Optional[str] = ..., epoch: _Optional[int] = ..., devices: _Optional[_Iterable[_Union[DeviceMetadata, _Mapping]]] = ..., lane: _Optional[str] = ...) -> None: ...
+    seats: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, status: _Optional[_Union[Status, str]] = ..., message: _Optional[str] = ..., epoch: _Optional[int] = ..., devices: _Optional[_Iterable[_Union[DeviceMetadata, _Mapping]]] = ..., lane: _Optional[str] = ..., seats: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class CommGrowRequest(_message.Message):
     __slots__ = ("commId", "numDevices", "deviceIds", "idempotencyKey")
@@ -785,12 +787,14 @@ class CommGrowRequest(_message.Message):
     def __init__(self, commId: _Optional[int] = ..., numDevices: _Optional[int] = ..., deviceIds: _Optional[_Iterable[int]] = ..., idempotencyKey: _Optional[str] = ...) -> None: ...
 
 class CommGrowResponse(_message.Message):
-    __slots__ = ("epoch", "devices")
+    __slots__ = ("epoch", "devices", "seats")
     EPOCH_FIELD_NUMBER: _ClassVar[int]
     DEVICES_FIELD_NUMBER: _ClassVar[int]
+    SEATS_FIELD_NUMBER: _ClassVar[int]
     epoch: int
     devices: _containers.RepeatedCompositeFieldContainer[DeviceMetadata]
-    def __init__(self, epoch: _Optional[int] = ..., devices: _Optional[_Iterable[_Union[DeviceMetadata, _Mapping]]] = ...) -> None: ...
+    seats: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, epoch: _Optional[int] = ..., devices: _Optional[_Iterable[_Union[DeviceMetadata, _Mapping]]] = ..., seats: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class RegisterDevicesRequest(_message.Message):
     __slots__ = ("address",)

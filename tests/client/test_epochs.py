@@ -15,36 +15,43 @@ def metadata(device_id: int, process: int = 1) -> pb.DeviceMetadata:
     return pb.DeviceMetadata(deviceId=pb.DeviceId(value=device_id), processUid=f"process {process} of {device_id}")
 
 
+def status(epoch: int, seated: dict[int, pb.DeviceMetadata]) -> pb.GetCommStatusResponse:
+    return pb.GetCommStatusResponse(epoch=epoch, seats=seated.keys(), devices=seated.values())
+
+
+@pytest.fixture
+def epochs() -> Epochs:
+    return Epochs(lambda one: Device(Mock(), one), [metadata(1), metadata(2), metadata(3)])
+
+
 @pytest.mark.parametrize(
-    ("lost", "present"),
+    "now",
     [
-        ([(1, 4)], [(4, 1), (2, 1), (3, 1)]),
-        ([(1, 4), (4, 5)], [(5, 1), (2, 1), (3, 1)]),
-        ([(1, 4), (3, 6), (4, 5)], [(5, 1), (2, 1), (6, 1)]),
-        ([(1, 1)], [(1, 2), (2, 1), (3, 1)]),
+        {0: metadata(4), 1: metadata(2), 2: metadata(3)},
+        {0: metadata(5), 1: metadata(2), 2: metadata(6)},
+        {0: metadata(1, process=2), 1: metadata(2), 2: metadata(3)},
     ],
-    ids=["one", "one whose successor is lost too", "two", "by the same one, started again"],
+    ids=["another one", "two others", "the same one, started again"],
 )
-def test_devices_become_those_that_have_taken_their_places(
-    lost: list[tuple[int, int]], present: list[tuple[int, int]]
-) -> None:
-    """So that arrays on the lost ones are arrays on those."""
-    epochs = Epochs(lambda one: Device(Mock(), one), [metadata(1), metadata(2), metadata(3)])
+def test_devices_become_those_that_have_taken_their_places(epochs: Epochs, now: dict[int, pb.DeviceMetadata]) -> None:
+    """So that arrays on the lost ones are arrays on those. Who was in a place in between makes no difference."""
     before = epochs.present.devices
-    result = pb.CollectiveResult(
-        epoch=3,
-        deviceIds=[device_id for device_id, _ in present],
-        lost=[pb.LostDevice(deviceId=device_id, replacedBy=by) for device_id, by in lost],
-    )
-    now = pb.GetCommStatusResponse(epoch=3, devices=[metadata(*one) for one in present])
-    epochs.hear(result, lambda: now)
+    epochs.follow(status(3, now))
     assert epochs.present.epoch == 3
-    assert [one.metadata for one in epochs.present.devices] == list(now.devices)
+    assert [one.metadata for one in epochs.present.devices] == [*now.values()]
     assert all(one is other for one, other in zip(epochs.present.devices, before, strict=True))
 
 
-def test_nobody_is_asked_where_nobody_came() -> None:
-    epochs = Epochs(lambda one: Device(Mock(), one), [metadata(1), metadata(2)])
-    ask = Mock(side_effect=AssertionError)
-    epochs.hear(pb.CollectiveResult(epoch=2, deviceIds=[2], lost=[pb.LostDevice(deviceId=1)]), ask)
-    assert [device.device_id for device in epochs.present.devices] == [2]
+def test_who_is_left_is_the_same_as_before(epochs: Epochs) -> None:
+    _, second, third = epochs.present.devices
+    epochs.follow(status(2, {1: metadata(2), 2: metadata(3)}))
+    assert epochs.present.devices == (second, third)
+
+
+def test_who_comes_in_is_no_other_one(epochs: Epochs) -> None:
+    """Also where a device comes back that was left behind: it has nothing any more."""
+    first, second, third = epochs.present.devices
+    epochs.follow(status(2, {1: metadata(2), 2: metadata(3)}))
+    epochs.follow(status(3, {1: metadata(2), 2: metadata(3), 3: metadata(1)}))
+    assert epochs.present.devices[:2] == (second, third)
+    assert epochs.present.devices[2] is not first

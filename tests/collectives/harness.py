@@ -14,7 +14,8 @@ from dsml_gpu.coordinator.call import call_of
 from dsml_gpu.coordinator.fusion import buckets_of, fused
 from dsml_gpu.coordinator.plan import execute_requests, key_of, peers_of, plan_of
 from dsml_gpu.device.device import Device
-from dsml_gpu.device.service import DeviceService, TransferSettings
+from dsml_gpu.device.service import DeviceService
+from dsml_gpu.device.settings import TransferSettings
 from dsml_gpu.memory.arena import Arena
 from dsml_gpu.memory.backend import NUMPY, Backend
 from dsml_gpu.reduction import wire_dtype

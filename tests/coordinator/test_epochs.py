@@ -10,11 +10,12 @@ from dsml_gpu.errors import InvalidValue
 
 def test_ranks_are_numbered_anew_and_seats_are_not() -> None:
     epochs = Epochs([Epoch(1, (0, 1, 2, 3))])
-    assert epochs.begin([0, 2, 3]) == epochs.present == Epoch(2, (0, 2, 3))
+    epochs.begin(epochs.next([0, 2, 3]))
+    assert epochs.present == Epoch(2, (0, 2, 3))
     assert epochs.kept(epochs.of(1)) == (0, 2, 3)
     assert epochs.kept(epochs.of(0)) == (0, 2, 3), "0 is the first one"
     assert epochs.kept(epochs.of(2)) == (0, 1, 2)
-    epochs.begin([2, 3])
+    epochs.begin(epochs.next([2, 3]))
     assert epochs.kept(epochs.of(1)) == (2, 3)
     assert epochs.kept(epochs.of(2)) == (1, 2)
 
@@ -22,12 +23,12 @@ def test_ranks_are_numbered_anew_and_seats_are_not() -> None:
 def test_an_epoch_that_does_not_know_who_came_later_cannot_be_used() -> None:
     epochs = Epochs([Epoch(1, (0, 1))])
     assert epochs.next_seat == 2
-    epochs.begin([0, 1, 2])
+    epochs.begin(epochs.next([0, 1, 2]))
     with pytest.raises(InvalidValue, match=r"3 ranks in epoch 2, of which epoch 1 knows 2"):
         epochs.kept(epochs.of(1))
     assert epochs.kept(epochs.of(2)) == (0, 1, 2)
     # Once they have gone, it can.
-    epochs.begin([0])
+    epochs.begin(epochs.next([0]))
     assert epochs.kept(epochs.of(1)) == (0,)
     assert epochs.next_seat == 3, "a seat is nobody else's, ever"
 
@@ -41,4 +42,5 @@ def test_epochs_of_before_a_restart_are_known() -> None:
     epochs = Epochs([Epoch(2, (0, 2)), Epoch(1, (0, 1, 2))])
     assert epochs.present.number == 2
     assert epochs.kept(epochs.of(0)) == (0, 2)
-    assert epochs.begin([2]).number == 3
+    epochs.begin(epochs.next([2]))
+    assert epochs.present.number == 3

@@ -30,7 +30,7 @@ def test_what_others_have_overwritten_comes_back(monkeypatch: pytest.MonkeyPatch
             raise InternalError("a defect")
 
     monkeypatch.setattr(MemoryAccess, "staging_bytes", none)
-    monkeypatch.setattr("dsml_gpu.device.service.run_passes", fail_afterwards)
+    monkeypatch.setattr("dsml_gpu.device.executions.run_passes", fail_afterwards)
     with dsml_gpu.local(3, backend="numpy") as client:
         comm = client.communicator(3)
         before = [np.arange(elements) * 10**rank for rank in range(3)]

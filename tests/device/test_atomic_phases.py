@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import multiprocessing
+import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
@@ -220,7 +221,8 @@ def test_a_piece_that_a_waking_rank_still_counts_is_taken_from_its_staging(monke
 
 
 def all_pieces_of(handles: list[SharedHandle], ready: Connection) -> None:
-    """Does the part of rank 0, in a process that is killed meanwhile."""
+    """Does the part of rank 0, in a process that is killed meanwhile, by one that is to be in time."""
+    os.nice(19)
     opened = [open_shared(handle)[:-8] for handle in handles]
     own = Staging(open_staging(handles[0]))
     device = Device(1, Arena(4 * MIB, NUMPY))
@@ -230,7 +232,7 @@ def all_pieces_of(handles: list[SharedHandle], ready: Connection) -> None:
     asyncio.run(run_passes(device, steps))
 
 
-@pytest.mark.parametrize("part", [0, 0.3, 0.9])
+@pytest.mark.parametrize("part", [0, 0.3, 0.6])
 def test_pieces_of_a_killed_process_are_gone_on_with(part: float) -> None:
     """By compiled loops on both sides, and killed wherever it happens to be."""
     nbytes = 64 * MIB

@@ -16,7 +16,8 @@ import pytest
 from dsml_gpu.device import passes
 from dsml_gpu.device.device import Device
 from dsml_gpu.device.passes import Pass, run_passes
-from dsml_gpu.device.service import DeviceService, TransferSettings
+from dsml_gpu.device.service import DeviceService
+from dsml_gpu.device.settings import TransferSettings
 from dsml_gpu.errors import (
     AddressOutOfRange,
     CommNotFound,

@@ -355,7 +355,7 @@ async def test_a_device_leaves_when_its_communicators_go_on_without_it() -> None
         async with coordinating(one.address, two.address) as coordinator:
             registry, comm = coordinator.registry, Retired()
             leaver, _ = await registry.take(2, 77)
-            coordinator._service._comms[77] = comm  # type: ignore[assignment]
+            coordinator._service._comms._known[77] = comm  # type: ignore[assignment]
             try:
                 request = pb.UnregisterDevicesRequest(address=one.address)
                 first = asyncio.ensure_future(coordinator._service.UnregisterDevices(request, None))
@@ -374,7 +374,7 @@ async def test_a_device_leaves_when_its_communicators_go_on_without_it() -> None
                 assert [handle.device_id for handle in registry.handles] == [2]
                 assert leaver.lost == ""
             finally:
-                del coordinator._service._comms[77]
+                del coordinator._service._comms._known[77]
 
 
 # ---- decisions --------------------------------------------------------------------------------------------------------

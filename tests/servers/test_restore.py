@@ -15,6 +15,7 @@ from dsml_gpu.client.arrays import DeviceArray
 from dsml_gpu.client.communicator import Communicator
 from dsml_gpu.errors import PeerUnavailable
 from tests.support.faults import kill
+from tests.support.processes import wait_until
 
 NRANKS = 3
 ELEMENTS = 60_000
@@ -76,6 +77,26 @@ def test_the_sum_has_what_all_ranks_had(tmp_path: Path, place: str, in_place: bo
         comm.close()
         with client.communicator(device_ids=[4]) as successor:
             successor.devices[0].empty(48 << 20, np.uint8)  # all that was allocated on it was freed
+
+
+@pytest.mark.parametrize("way", ["group", "grow"])
+def test_arrays_are_on_the_one_that_came_also_where_no_result_tells_of_it(tmp_path: Path, way: str) -> None:
+    """In a group that nobody waits for, or when more devices come in."""
+    with fleet_of(NRANKS + 2, tmp_path / "faults") as (fleet, _, comm):
+        arrays = saved(comm, tmp_path / "checkpoint")
+        kill(fleet.devices[1])
+        if way == "group":
+            with comm.group(blocking=False):
+                comm.all_reduce(arrays, algorithm="ring")
+            wait_until(lambda: comm.status()[0] == "SUCCESS", "the end of the group", 30)
+            comm.all_reduce(arrays, op="max")
+            assert_all(arrays, np.sum(contents(), axis=0))
+        else:
+            comm.grow(1)
+            for rank, array in enumerate(arrays):
+                np.testing.assert_array_equal(array.get(), contents()[rank])
+        assert arrays[1].device is comm.devices[1]
+        assert arrays[1].device.device_id in (4, 5)
 
 
 def test_several_at_once_and_one_between_operations(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ import pytest
 import dsml_gpu
 from dsml_gpu.cli.fleet import Fleet, ServerProcess
 from dsml_gpu.coordinator.server import CoordinatorConfig, CoordinatorServer
-from dsml_gpu.coordinator.service import CoordinatorSettings
+from dsml_gpu.coordinator.settings import CoordinatorSettings
 from dsml_gpu.errors import OperationTimeout, PeerUnavailable
 from dsml_gpu.wire import gpu_sim_pb2 as pb
 from tests.support.in_this_process import heard_of, in_event_loop

@@ -11,7 +11,7 @@ from typing import Any
 from dsml_gpu.coordinator.device_handle import DeviceHandle
 from dsml_gpu.coordinator.heartbeats import DEFAULT_DETECTION, Detection
 from dsml_gpu.coordinator.server import CoordinatorConfig, CoordinatorServer
-from dsml_gpu.coordinator.service import CoordinatorSettings
+from dsml_gpu.coordinator.settings import CoordinatorSettings
 
 
 def in_event_loop(test: Callable[..., Coroutine[Any, Any, None]]) -> Callable[..., None]:

@@ -10,7 +10,8 @@ from dataclasses import dataclass
 import numpy as np
 import pytest
 
-from dsml_gpu.device.service import DeviceService, TransferSettings
+from dsml_gpu.device.service import DeviceService
+from dsml_gpu.device.settings import TransferSettings
 from dsml_gpu.errors import DsmlError, OperationAborted, OperationTimeout, StreamLength
 from dsml_gpu.memory.host import HostMemory
 from dsml_gpu.transport.data_port import ALTERNATIVE_KEY

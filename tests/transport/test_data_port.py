@@ -13,7 +13,8 @@ import grpc
 import numpy as np
 import pytest
 
-from dsml_gpu.device.service import DeviceService, TransferSettings
+from dsml_gpu.device.service import DeviceService
+from dsml_gpu.device.settings import TransferSettings
 from dsml_gpu.errors import DsmlError, PeerUnavailable
 from dsml_gpu.memory.host import HostMemory
 from dsml_gpu.transport.data_port import ALTERNATIVE_KEY, prefix_of

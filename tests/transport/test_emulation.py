@@ -16,8 +16,9 @@ from typing import Any, cast
 import numpy as np
 import pytest
 
-from dsml_gpu.device.device import Device, Peer
-from dsml_gpu.device.service import DeviceService, TransferSettings
+from dsml_gpu.device.device import Device, Membership, Peer
+from dsml_gpu.device.service import DeviceService
+from dsml_gpu.device.settings import TransferSettings
 from dsml_gpu.errors import InvalidValue, OperationAborted
 from dsml_gpu.memory.arena import Arena
 from dsml_gpu.memory.backend import NUMPY
@@ -28,6 +29,7 @@ from dsml_gpu.transport.incoming import ArrivalQueue, IncomingTable
 from dsml_gpu.transport.link import new_stream_id
 from dsml_gpu.transport.queue import ClosableQueue
 from dsml_gpu.transport.timer import Timer
+from dsml_gpu.wire import gpu_sim_pb2 as pb
 from dsml_gpu.wire.codec import Chunk, decode_chunk
 from dsml_gpu.wire.server import RpcServer
 
@@ -489,10 +491,12 @@ def test_without_emulation_streams_are_as_they_were() -> None:
         plain, emulated = (
             DeviceService("here:1", TransferSettings(link=link)) for link in (LinkSettings(), LinkSettings(latency_s=1e-4))
         )
-        device, peer = Device(1, Arena(4 * MIB, NUMPY)), Peer(1, 2, "there:1", p2p=False)
+        device = Device(1, Arena(4 * MIB, NUMPY))
+        membership = Membership(7, 0, (Peer(0, 1, "here:1", p2p=False), Peer(1, 2, "there:1", p2p=False)))
         for service, line, queue in ((plain, type(None), ClosableQueue), (emulated, DelayLine, ArrivalQueue)):
             service.add(device)
-            sender, receiver = service._send_link(device, peer, 1), service._recv_link(device, peer, 2)
+            links = service._links.open(device, membership, [pb.Link(peer=1, sendStreamId=1, recvStreamId=2)], [])
+            sender, receiver = links.send[1], links.recv[1]
             assert isinstance(sender, GrpcSendLink)
             assert isinstance(receiver, GrpcRecvLink)
             assert isinstance(sender._line, line)
