@@ -382,3 +382,15 @@ def test_a_journal_that_cannot_be_written_says_so(tmp_path: Path) -> None:
         journal.put_outcome(OUTCOME)
     journal.put_communicator(COMM)
     journal.close()
+
+
+def test_the_log_is_begun_anew_under_load(tmp_path: Path) -> None:
+    """SQLite does so by itself only when nobody writes for as long as it takes to bring the log into the database."""
+    largest = 0
+    with closing(open_journal(tmp_path / "state")) as journal:
+        for number in range(8000):
+            journal.put_round(replace(ROUND, key=f"key {number}", result=bytes(400)))
+            journal.forget_round(ROUND.comm_id, f"key {number - 1}")
+            journal.put_outcome(replace(OUTCOME, key=f"key {number}", answer=bytes(400)))
+            largest = max(largest, (tmp_path / "state-wal").stat().st_size)
+    assert largest < 100 << 20  # otherwise twice as much, and more and more

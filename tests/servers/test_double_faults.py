@@ -103,6 +103,40 @@ def test_the_next_coordinator_has_others_go_on_for_a_device_that_died_too(tmp_pa
 
 
 @needs_shared_memory
+def test_what_the_next_coordinator_cannot_bring_to_its_end_is_not_run_again_by_it(tmp_path: Path) -> None:
+    """Nor when the client asks for it once more."""
+    faults = {0: "passes.commit:stop@skip=3", 1: "passes.resume:fail", 2: "passes.resume:fail"}
+    with faulty(tmp_path, faults, "--transport", "p2p") as world:
+        comm = world.client.communicator(NRANKS)
+        arrays = comm.array(contents(1_000_000))
+        answer = world.pool.submit(lambda: comm.all_reduce(arrays, timeout_s=LIMIT_S))
+        world.await_fault("passes.commit")
+        world.coordinators.kill()
+        kill(world.devices[0])
+        world.coordinators.start()
+        with pytest.raises(InternalError, match="what is in the buffers is not defined"):
+            answer.result(LIMIT_S)
+        assert len(world.log.read_text().splitlines()) == 3
+        assert comm.status()[0] == "FAILED"
+
+
+def test_who_was_taken_in_is_not_taken_in_twice(tmp_path: Path) -> None:
+    """The coordinator dies when it has begun the epoch, and has not answered."""
+    with faulty(tmp_path, {}) as world:
+        comm = world.client.communicator(NRANKS - 1)
+        world.coordinators.kill()
+        world.coordinators.start("outcomes.done:kill@method=CommGrow")
+        answer = world.pool.submit(lambda: comm.grow(1))
+        world.coordinators.ends()
+        world.coordinators.start()
+        answer.result(LIMIT_S)
+        assert (comm.nranks, comm.epoch) == (NRANKS, 2)
+        arrays = comm.array(contents(1000))
+        comm.all_reduce(arrays)
+        np.testing.assert_array_equal(arrays[2].get(), sum(contents(1000)))
+
+
+@needs_shared_memory
 @pytest.mark.parametrize("with_key", [True, False], ids=["with key", "without"])
 def test_what_has_come_to_its_end_is_not_done_again_by_the_next_coordinator(tmp_path: Path, with_key: bool) -> None:
     """Its caller had given up; then there is other data where the results were."""
@@ -130,6 +164,7 @@ def test_what_has_come_to_its_end_is_not_done_again_by_the_next_coordinator(tmp_
             assert (array.get() == 7).all()
 
 
+@pytest.mark.slow  # for longer than the others wait, and they wait for five seconds
 def test_who_does_not_undo_is_left_behind(tmp_path: Path) -> None:
     """It has ended its part, freezes for longer than the others wait for it to undo that, and wakes up."""
     faults = {0: "execute.done:stop", 1: "execute.done:fail"}
