@@ -1,276 +1,228 @@
-"""Devices that die at every place of their code, at every rank, in every phase of an operation and of its recovery.
+"""Devices, and coordinators, that die at every place of their code, at every rank, in each phase of an operation.
 
-    python -m tests.recovery.failpoint_matrix                 # all of them, some five minutes
-    python -m tests.recovery.failpoint_matrix "p2p restore"   # those whose names have all of these words
+    python -m tests.recovery.failpoint_matrix                       # all of them, some ten minutes
+    python -m tests.recovery.failpoint_matrix --only "p2p restore"  # those whose names have all of these words
     python -m tests.recovery.failpoint_matrix --list
 
-Each case orders one fault or two, all of which must happen. Whatever happens, the operation answers within ten seconds, and
-what it says is so: every element of every rank that is left is looked at. Then the communicator must work on.
+Each case of `tests.recovery.failpoint_cases` orders faults, all of which must happen, or none can. Whatever happens, the
+operation answers within ten seconds, and what it says is so: every element of every rank that is left is looked at. Then
+the communicator must work on, or, where it is to fail, another one of those that are left.
 """
 
 from __future__ import annotations
 
-import itertools
+import argparse
+import contextlib
+import io
+import signal
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from dsml_gpu.chaos.checks import expected
-from dsml_gpu.chaos.exercise import HANG_S, Exercise
-from dsml_gpu.chaos.fleets import OwnFleet
-from dsml_gpu.chaos.operations import Operation
-from dsml_gpu.chaos.report import AS_BEFORE, LOST, ON_ALL, RESTARTED
-from dsml_gpu.coordinator.passes import Team
-from dsml_gpu.device.service import usable_cores
+import dsml_gpu
+from dsml_gpu.chaos import checks
+from dsml_gpu.chaos.exercise import HANG_S, Answer, Exercise, Stuck
+from dsml_gpu.chaos.fleets import OwnFleet, wait_until
+from dsml_gpu.chaos.report import ON_ALL, RESTARTED
+from dsml_gpu.cli.fleet import ServerProcess
 from dsml_gpu.errors import DsmlError, OperationTimeout
+from tests.coordinator_kills import devices
+from tests.recovery.failpoint_cases import COORDINATOR, LOADING, NDEVICES, NRANKS, Case, Way, cases
+from tests.support.coordinators import Coordinators
 
-NRANKS = 3
-#: Of which two can take the place of others.
-NDEVICES = 5
-DEVICE_OPTIONS = ("--memory", "64MiB", "--slice", "16KiB")
-#: Bytes of a rank's buffer: over shared memory one rank does all of it; more than one do.
-SMALL, LARGE = 480_000, 3_200_000
+_DEVICE_OPTIONS = ("--memory", "64MiB", "--slice", "16KiB")
+#: After an answer, by then what was to happen has happened: what is kept is given up only then.
+_FIRES_S = 5.0
 
 
 @dataclass(frozen=True)
-class Case:
-    """One operation, and what happens in it.
+class Ran:
+    """What has become of a case.
 
     Attributes:
-        transport: over which it goes; with ``grpc`` as a ring. ``checkpoint``: instead of it a checkpoint is made, and
-            restored.
-        nbytes: of each rank's buffer.
-        faults: which device, by its place in the fleet (those from `NRANKS` on are spares), and its order.
-        ends: how it may end.
+        fired: faults that have happened.
+        wrong: what was wrong, for people; empty: it has passed.
     """
 
-    transport: str
-    nbytes: int
-    in_place: bool
-    on_failure: str
-    faults: tuple[tuple[int, str], ...]
-    ends: tuple[str, ...]
-
-    @property
-    def operation(self) -> Operation:
-        algorithm = "ring" if self.transport == "grpc" else "direct"
-        return Operation(
-            "all_reduce", NRANKS, self.nbytes // 8, "int64", "sum", algorithm, self.transport, in_place=self.in_place
-        )
-
-    def __str__(self) -> str:
-        size = "large" if self.nbytes == LARGE else "small"
-        faults = " then ".join(f"{order} at {rank}" for rank, order in self.faults)
-        return f"{self.transport} {size} {'in' if self.in_place else 'out of'} place {self.on_failure}: {faults}"
+    fired: int
+    wrong: list[str]
 
 
-# ---- which cases there are ------------------------------------------------------------------------------------------------
+class Bench:
+    """Servers for cases, which are started when they are first needed. Ends with its ``with`` block."""
 
-#: Places of a device server's code that are met while an operation runs, by transport. A ring of 480 KB in slices of 16 KiB
-#: has more than forty at each rank.
-_GRPC = ("execute.begin", "execute.slice", "execute.slice@skip=20", "execute.slice@skip=40", "execute.done")
-#: By passes: where one rank has staged all, before it writes; where ranks go piece by piece; where nothing is overwritten.
-_RUN = ("execute.begin", "passes.staged", "passes.commit", "passes.committed")
-_PIECES = (
-    "execute.begin",
-    "passes.staged",
-    "passes.staged@skip=2",
-    "passes.commit",
-    "passes.commit@skip=3",
-    "passes.committed",
-)
-_COMMIT = ("execute.begin", "passes.commit", "passes.committed")
-#: Places that others meet when one has died: what it did is undone, and they join the next epoch.
-_RECOVERY = (
-    "settle.begin@settlement=ROLL_BACK",
-    "settle.done@settlement=ROLL_BACK",
-    "comm.join@epoch=2",
-    "comm.joined@epoch=2",
-)
-#: And when all has gone well: they hear that what they have kept is not needed any more.
-_AFTER = ("settle.begin@settlement=COMMIT", "settle.done@settlement=COMMIT")
+    def __init__(self) -> None:
+        self._fleets: dict[bool, OwnFleet] = {}
+        self._stack = contextlib.ExitStack()
+        self._servers: list[ServerProcess] | None = None
 
-#: While a checkpoint is written, after one that is complete; and while one is restored.
-_SAVING = ("shard.begin@skip=1", "shard.written@skip=1", "shard.end@skip=1")
-_LOADING = "shard.load"
+    def fleet(self, way: Way) -> OwnFleet:
+        """Device servers that register with their coordinator."""
+        if way.lane not in self._fleets:
+            options = () if way.lane else ("--no-lane",)
+            self._fleets[way.lane] = OwnFleet(NDEVICES, (*_DEVICE_OPTIONS, *options))
+        return self._fleets[way.lane]
 
-#: Places that this matrix does not meet, and the tests that do.
-ELSEWHERE = {
-    "round.begin": "tests/servers/test_resume.py",
-    "round.begun": "tests/servers/test_resume.py",
-    "round.done": "tests/servers/test_resume.py",
-    "round.recorded": "tests/servers/test_resume.py",
-    "outcomes.done": "tests/servers/test_resume.py",
-    "outcomes.kept": "tests/servers/test_resume.py",
-    "restore.checked": "tests/servers/test_checkpoints.py",
-    "checkpoint.manifest": "tests/servers/test_checkpoints.py",
-    "checkpoint.complete": "tests/servers/test_checkpoints.py",
-}
+    def servers(self) -> list[ServerProcess]:
+        """Device servers for coordinators that are told of them."""
+        if self._servers is None:
+            self._servers = self._stack.enter_context(devices())
+        return self._servers
 
+    def run(self, case: Case, seed: int = 1) -> Ran:
+        """Runs a case.
 
-def workers(nbytes: int) -> range:
-    """The ranks that run passes; the others have nothing to do, and meet no place."""
-    if nbytes == SMALL:
-        return range(1)
-    return range(len(Team(NRANKS, usable_cores()).workers(2 * NRANKS * nbytes)))
+        Args:
+            seed: of the data.
+        """
+        with tempfile.TemporaryDirectory() as folder:
+            if case.faults[0][0] == COORDINATOR:
+                return _with_coordinators(self.servers(), case, seed, Path(folder))
+            ran = _with_devices(self.fleet(case.way), case, seed, Path(folder))
+        if ran.wrong:  # the next case is to find servers that are well
+            self._fleets.pop(case.way.lane).stop()
+        return ran
+
+    def __enter__(self) -> Bench:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for fleet in self._fleets.values():
+            fleet.stop()
+        self._stack.close()
 
 
-def order(place: str, action: str = "kill") -> str:
-    """A fault, from a place and its conditions."""
-    name, _, conditions = place.partition("@")
-    return f"{name}:{action}" + (f"@{conditions}" if conditions else "")
+# ---- faults of devices ----------------------------------------------------------------------------------------------------
 
 
-def cases() -> list[Case]:
-    """All of them, in the order in which they are told."""
-    return [*_one_dies(), *_one_freezes(), *_two_die(), *_after_the_end(), *_places_are_taken(), *_checkpoints()]
-
-
-def _one_dies() -> Iterator[Case]:
-    for on_failure, in_place in itertools.product(("shrink", "fail"), (True, False)):
-        undone = RESTARTED if on_failure == "shrink" else AS_BEFORE
-        for rank, place in itertools.product(range(NRANKS), _GRPC):
-            yield Case("grpc", SMALL, in_place, on_failure, ((rank, order(place)),), (undone,))
-        large = _PIECES if in_place else _COMMIT
-        for nbytes, places in ((SMALL, _RUN), (LARGE, large)):
-            for rank, place in itertools.product(workers(nbytes), places):
-                # Before anything is staged all is undone, where one rank does all of it. What others have begun, or can do
-                # in its place, is brought to its end.
-                ends = (undone,) if nbytes == SMALL and place == "execute.begin" else (ON_ALL,)
-                yield Case("p2p", nbytes, in_place, on_failure, ((rank, order(place)),), ends)
-
-
-def _one_freezes() -> Iterator[Case]:
-    for rank, place in itertools.product(range(NRANKS), ("execute.slice@skip=20", "execute.done")):
-        yield Case("grpc", SMALL, True, "shrink", ((rank, order(place, "stop")),), (RESTARTED,))
-    for place in _RUN[1:]:
-        yield Case("p2p", SMALL, True, "shrink", ((0, order(place, "stop")),), (ON_ALL,))
-    for rank, place in itertools.product(workers(LARGE), ("passes.staged@skip=2", "passes.commit@skip=3")):
-        yield Case("p2p", LARGE, True, "shrink", ((rank, order(place, "stop")),), (ON_ALL,))
-
-
-def _two_die() -> Iterator[Case]:
-    for first, second in itertools.permutations(range(NRANKS), 2):
-        for place in _RECOVERY:
-            faults = ((first, order("execute.slice@skip=20")), (second, order(place)))
-            yield Case("grpc", SMALL, True, "shrink", faults, (RESTARTED,))
-    # The first that goes on in the place of one that has died, which is the lowest other rank, dies as well.
-    for nbytes in (SMALL, LARGE):
-        for place in ("passes.staged", "passes.commit"):
-            yield Case("p2p", nbytes, True, "shrink", ((0, order(place)), (1, order("passes.resume"))), (ON_ALL,))
-    for second in (1, 2):
-        for place in _RECOVERY[2:]:
-            faults = ((0, order("execute.begin")), (second, order(place)))
-            yield Case("p2p", SMALL, True, "shrink", faults, (RESTARTED,))
-        # What others may still write to is moved when one is frozen.
-        faults = ((0, order("passes.staged", "stop")), (second, order("memory.move")))
-        yield Case("p2p", SMALL, True, "shrink", faults, (ON_ALL,))
-
-
-def _after_the_end() -> Iterator[Case]:
-    for rank, place in itertools.product(range(NRANKS), _AFTER):
-        yield Case("grpc", LARGE, True, "shrink", ((rank, order(place)),), (ON_ALL,))
-
-
-def _places_are_taken() -> Iterator[Case]:
-    """Spares take the places of those that die. The first spare is device 4, of the place 3."""
-    for in_place, rank in itertools.product((True, False), range(NRANKS)):
-        for place in ("execute.begin", "execute.slice@skip=20", "execute.done"):
-            yield Case("grpc", SMALL, in_place, "restore", ((rank, order(place)),), (RESTARTED,))
-        dies = (rank, order("execute.slice@skip=20"))
-        for place in ("shard.load", *_RECOVERY[2:]):
-            yield Case("grpc", SMALL, in_place, "restore", (dies, (NRANKS, order(place))), (RESTARTED,))
-        other = (rank + 1) % NRANKS
-        for place in _RECOVERY:
-            yield Case("grpc", SMALL, in_place, "restore", (dies, (other, order(place))), (RESTARTED,))
-    for in_place in (True, False):
-        yield Case("p2p", SMALL, in_place, "restore", ((0, order("execute.begin")),), (RESTARTED,))
-        faults = ((0, order("execute.begin")), (NRANKS, order("shard.load")))
-        yield Case("p2p", SMALL, in_place, "restore", faults, (RESTARTED,))
-
-
-def _checkpoints() -> Iterator[Case]:
-    """Instead of the operation, a checkpoint; or one is restored."""
-    for rank, place in itertools.product(range(NRANKS), (*_SAVING, _LOADING)):
-        yield Case("checkpoint", SMALL, True, "shrink", ((rank, order(place)),), (LOST,))
-
-
-# ---- how they are run -----------------------------------------------------------------------------------------------------
-
-
-def run(fleet: OwnFleet, case: Case, seed: int = 1) -> list[str]:
-    """Runs a case; returns what was wrong, with faults that did not happen."""
+def _with_devices(fleet: OwnFleet, case: Case, seed: int, folder: Path) -> Ran:
     device_ids = fleet.members(NDEVICES, dict(case.faults))
+
+    def fired() -> int:
+        return sum(fleet.fired_s(device_ids[place]) is not None for place, _ in case.faults)
+
+    def all_fired() -> bool:
+        return fired() == len(case.faults)
+
+    def await_faults() -> None:
+        if not case.unmet:
+            wait_until(all_fired, "all faults have happened", _FIRES_S)
+
     try:
-        if case.transport == "checkpoint":
-            wrong = _run_checkpoint(fleet, case, device_ids)
-        elif case.on_failure == "restore":
-            wrong = _run_with_spares(fleet, case, device_ids, seed)
-        else:
-            wrong = _run(fleet, case, device_ids, seed)
-    except DsmlError as error:
+        with _killed(fleet, None if case.kills is None else device_ids[case.kills], all_fired):
+            if case.way.transport == "checkpoint":
+                wrong = _try_checkpoint(fleet, case, device_ids, folder, await_faults)
+            elif case.on_failure == "restore":
+                wrong = _try_with_spares(fleet, case, device_ids, seed, folder, await_faults)
+            else:
+                wrong = _try(fleet, case, device_ids, seed, await_faults)
+    except (DsmlError, Stuck) as error:
         wrong = [f"{type(error).__name__}: {error}"]
     finally:
-        for rank, _ in case.faults:
-            fleet.repair(device_ids[rank])
-    return wrong + [
-        f"{what} at {rank} did not happen" for rank, what in case.faults if fleet.fired_s(device_ids[rank]) is None
-    ]
+        for place in case.victims | {device for device, _ in case.faults}:
+            fleet.repair(device_ids[place])
+    happened = fired()
+    if case.unmet and happened:
+        wrong.append(f"{happened} of the faults have happened, though {case.unmet}")
+    return Ran(happened, wrong)
 
 
-def _run(fleet: OwnFleet, case: Case, device_ids: Sequence[int], seed: int) -> list[str]:
-    with Exercise(fleet.client, device_ids[:NRANKS], case.operation, seed, on_failure=case.on_failure) as exercise:
-        exercise.harmed.update(rank for rank, _ in case.faults)
+@contextlib.contextmanager
+def _killed(fleet: OwnFleet, device_id: int | None, when: Callable[[], bool]) -> Iterator[None]:
+    """Within the block a process is killed as soon as something holds. Raises PeerUnavailable where it does not."""
+    if device_id is None:
+        yield
+        return
+
+    def kill() -> None:
+        wait_until(when, f"the moment to kill device {device_id}", HANG_S)
+        fleet.signal(device_id, signal.SIGKILL)
+
+    with ThreadPoolExecutor(1) as pool:
+        killing = pool.submit(kill)
+        yield
+        killing.result()
+
+
+def _try(fleet: OwnFleet, case: Case, device_ids: Sequence[int], seed: int, await_faults: Callable[[], None]) -> list[str]:
+    operation = case.way.operation
+    with Exercise(fleet.client, device_ids[:NRANKS], operation, seed, on_failure=case.on_failure) as exercise:
+        exercise.harmed.update(case.victims)
         answer = exercise.run()
-        ended, wrong = exercise.judge(answer)
-        if ended not in case.ends:
-            wrong.append(f"ended {ended}, expected {' or '.join(case.ends)}: {answer.note}")
-        if ended in (ON_ALL, RESTARTED) and case.on_failure != "fail":
-            wrong += exercise.go_on()
-            wrong += exercise.go_on()
-    return wrong
-
-
-def _run_with_spares(fleet: OwnFleet, case: Case, device_ids: Sequence[int], seed: int) -> list[str]:
-    operation, wrong = case.operation, []
-    with (
-        tempfile.TemporaryDirectory() as folder,
-        Exercise(fleet.client, device_ids[:NRANKS], operation, seed, on_failure="restore") as exercise,
-    ):
-        exercise.save(Path(folder) / "checkpoint")
-        answer = exercise.run()
+        await_faults()  # not those of the operations that follow
+        wrong = _judged(exercise, answer, case)
         if answer.result is None:
-            return [f"it failed: {answer.note}"]
-        harmed = {device_ids[rank] for rank, _ in case.faults}
-        members = answer.result.device_ids
-        if len(members) != NRANKS or harmed & {*members}:
-            wrong.append(f"devices {members} took part, of which {sorted(harmed & {*members})} have died")
-        result = expected(operation, exercise.contents, range(NRANKS))
-        for rank, buffers in exercise.read().items():
-            for name, array in buffers.named().items():
-                if not np.array_equal(array, result[rank].named()[name]):
-                    wrong.append(f"rank {rank} of devices {members}, {name}: not what all ranks had, or their sum")
-        again = exercise.run()
-        if again.result is None:
-            wrong.append(f"the next operation failed: {again.note}")
+            wrong += [
+                f"the error does not name device {device_ids[rank]}: {answer.note}"
+                for rank in case.victims
+                if f"device {device_ids[rank]}" not in answer.note
+            ]
+        elif case.on_failure != "fail":
+            wrong += exercise.go_on() + exercise.go_on()
+    if case.on_failure == "fail":
+        left = [device_ids[rank] for rank in range(NRANKS) if rank not in case.victims]
+        with Exercise(fleet.client, left, operation.of_ranks(len(left)), seed + 1) as exercise:
+            ended, more = exercise.judge(exercise.run())
+            wrong += more + [f"the next communicator: {ended}"] * (ended != ON_ALL)
     return wrong
 
 
-def _run_checkpoint(fleet: OwnFleet, case: Case, device_ids: Sequence[int]) -> list[str]:
+def _judged(exercise: Exercise, answer: Answer, case: Case) -> list[str]:
+    ended, wrong = exercise.judge(answer)
+    if ended not in case.ends:
+        wrong.append(f"ended {ended}, expected {' or '.join(case.ends)}: {answer.note}")
+    return wrong + _late(answer)
+
+
+def _late(answer: Answer) -> list[str]:
+    took_s = answer.ended_s - answer.began_s
+    return [f"it took {took_s:.1f} s, {HANG_S:g} are allowed"] if took_s > HANG_S else []
+
+
+def _try_with_spares(
+    fleet: OwnFleet, case: Case, device_ids: Sequence[int], seed: int, folder: Path, await_faults: Callable[[], None]
+) -> list[str]:
+    """Runs the operation twice: by then all ranks are there again, and all that they have is looked at each time."""
+    operation, wrong = case.way.operation, []
+    harmed = {device_ids[place] for place in case.victims}
+    with Exercise(fleet.client, device_ids[:NRANKS], operation, seed, on_failure="restore") as exercise:
+        exercise.save(folder / "checkpoint")
+        contents = exercise.contents
+        for end in (*case.ends, RESTARTED):
+            answer = exercise.run()
+            await_faults()
+            wrong += _late(answer)
+            if answer.result is None:
+                return [*wrong, f"it failed: {answer.note}"]
+            members = answer.result.device_ids
+            # Of one that has done its part, and died, the result has it; of another one that has come, what it loaded.
+            exercise.harmed = {rank for rank, device_id in enumerate(members) if device_id in harmed}
+            if len(members) != NRANKS or bool(exercise.harmed) != (end == ON_ALL):
+                wrong.append(f"devices {members} took part, of which {sorted(harmed & {*members})} have died: not {end}")
+            after = checks.expected(operation, contents, range(NRANKS))
+            wrong += checks.wrong(operation, contents, exercise.read(), range(NRANKS))
+            contents = [contents[rank] if rank in exercise.harmed else after[rank] for rank in range(NRANKS)]
+    return wrong
+
+
+def _try_checkpoint(
+    fleet: OwnFleet, case: Case, device_ids: Sequence[int], folder: Path, await_faults: Callable[[], None]
+) -> list[str]:
     """Makes two checkpoints, and restores the last complete one, at first on all ranks, then on those that are left."""
     ((_, what),) = case.faults
-    first, second = ([np.full(case.nbytes // 8, 10 * number + rank) for rank in range(NRANKS)] for number in (1, 2))
-    with tempfile.TemporaryDirectory() as folder, fleet.client.communicator(device_ids=device_ids[:NRANKS]) as comm:
+    first, second = ([np.full(case.way.nbytes // 8, 10 * number + rank) for rank in range(NRANKS)] for number in (1, 2))
+    with fleet.client.communicator(device_ids=device_ids[:NRANKS]) as comm:
         arrays = comm.array(first)
         comm.checkpoint(folder, {"x": arrays}).wait(HANG_S)
         for array, data in zip(arrays, second, strict=True):
             array.set(data)
         try:
-            if what.startswith(_LOADING):
+            if what.startswith(LOADING):
                 comm.restore(folder, {"x": arrays}, timeout_s=HANG_S)
             else:
                 comm.checkpoint(folder, {"x": arrays}).wait(HANG_S)
@@ -280,6 +232,7 @@ def _run_checkpoint(fleet: OwnFleet, case: Case, device_ids: Sequence[int]) -> l
             pass
         else:
             return ["it ended well, without a rank"]
+        await_faults()
         comm.all_reduce(arrays, op="max")  # goes on without the victim
         restored = comm.restore(folder, timeout_s=HANG_S)["x"]
         if not np.array_equal(np.concatenate([array.get() for array in restored]), np.concatenate(first)):
@@ -287,23 +240,65 @@ def _run_checkpoint(fleet: OwnFleet, case: Case, device_ids: Sequence[int]) -> l
     return []
 
 
-def main(*words: str) -> int:
-    """Runs the cases that have all these words in their names; returns the exit status."""
-    chosen = [case for case in cases() if all(word in str(case) for word in words if word != "--list")]
-    if "--list" in words:
-        print(*chosen, sep="\n")
-        return 0
-    failed = 0
-    with OwnFleet(NDEVICES, DEVICE_OPTIONS) as fleet:
+# ---- faults of the coordinator --------------------------------------------------------------------------------------------
+
+
+def _with_coordinators(servers: Sequence[ServerProcess], case: Case, seed: int, folder: Path) -> Ran:
+    """The client does not ask again: it waits until the next coordinator is there."""
+    ((_, fault),) = case.faults
+    coordinators = Coordinators(folder, servers, folder / "state")
+    try:
+        coordinators.start(fault)
+        with (
+            dsml_gpu.connect(coordinators.address, timeout_s=HANG_S, reconnect_s=HANG_S) as client,
+            Exercise(client, range(1, NRANKS + 1), case.way.operation, seed) as exercise,
+            ThreadPoolExecutor(1) as pool,
+        ):
+            answers = pool.submit(exercise.run)
+            wait_until(lambda: answers.done() or coordinators.now.process.poll() is not None, "it has ended, or died")
+            fired = coordinators.faults.count("\n")
+            if fired:
+                coordinators.ends()
+                coordinators.start()
+            wrong = _judged(exercise, answers.result(), case) + exercise.go_on()
+    except (DsmlError, Stuck) as error:
+        fired, wrong = coordinators.faults.count("\n"), [f"{type(error).__name__}: {error}"]
+    finally:
+        coordinators.stop()
+    if bool(fired) == bool(case.unmet):
+        wrong.append(f"the fault has happened, though {case.unmet}" if fired else "the fault has not happened")
+    return Ran(fired, wrong)
+
+
+# ---- the command ----------------------------------------------------------------------------------------------------------
+
+
+def main() -> int:
+    """Runs cases; returns the exit status."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", default="", metavar="WORDS", help="cases that have all of these in their names")
+    parser.add_argument("--list", action="store_true", help="only tell which cases there are")
+    parser.add_argument("--seed", type=int, default=1, help="of the data")
+    options = parser.parse_args()
+    chosen = [case for case in cases() if all(word in str(case) for word in options.only.split())]
+    if options.list:
         for case in chosen:
-            wrong = run(fleet, case)
-            failed += bool(wrong)
-            print(f"{'passed' if not wrong else 'FAILED'}  {case}", *wrong, sep="\n        ", flush=True)
-    print(
-        f"{len(chosen) - failed} of {len(chosen)} cases passed, in each of which all its faults happened; {HANG_S:g} s each"
-    )
-    return 1 if failed or not chosen else 0
+            print(f"{case}{f': {case.unmet}' if case.unmet else ''}")
+        return 0
+    fired = passed = 0
+    with Bench() as bench:
+        for case in chosen:
+            with contextlib.redirect_stderr(io.StringIO()) as said:
+                ran = bench.run(case, options.seed)
+            fired += bool(ran.fired)
+            passed += not ran.wrong
+            print(f"{'FAILED' if ran.wrong else 'passed'}  {case}", *ran.wrong, sep="\n        ", flush=True)
+            if ran.wrong:
+                print(said.getvalue(), file=sys.stderr)
+    unmet = sum(bool(case.unmet) for case in chosen)
+    print(f"{len(chosen)} cases: {fired} with faults that happened, {unmet} with faults that cannot; {passed} passed")
+    return 0 if chosen and passed == len(chosen) else 1
 
 
 if __name__ == "__main__":
-    sys.exit(main(*(word for argument in sys.argv[1:] for word in argument.split())))
+    sys.exit(main())
