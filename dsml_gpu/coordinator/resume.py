@@ -24,7 +24,7 @@ from dsml_gpu.coordinator.device_handle import DeviceHandle
 from dsml_gpu.coordinator.epochs import Epoch
 from dsml_gpu.coordinator.records import KnownCommunicator, Member, Membership, Outcome, Recovered
 from dsml_gpu.coordinator.registry import DeviceRegistry
-from dsml_gpu.errors import DsmlError, InvalidValue
+from dsml_gpu.errors import REFUSALS, DsmlError, InvalidValue
 from dsml_gpu.wire import gpu_sim_pb2 as pb
 
 log = logging.getLogger(__name__)
@@ -37,7 +37,7 @@ _SETTLE_TIMEOUT_S = 2.0
 #: Methods of operations, whose end is a communicator's status.
 _OPERATIONS = frozenset({"AllReduceRing", "NaiveAllReduce", "Collective", "GroupEnd"})
 #: Of errors that an operation is refused with before it begins, which change no status.
-_REFUSALS = frozenset({"INVALID_ARGUMENT", "NOT_FOUND", "OUT_OF_RANGE", "FAILED_PRECONDITION", "RESOURCE_EXHAUSTED"})
+_REFUSALS = frozenset({*REFUSALS, "NOT_FOUND"})
 
 
 @dataclass(frozen=True, slots=True)
