@@ -138,10 +138,10 @@ def quantiles(values_s: Iterable[float]) -> str:
     return f"p50 {half * 1e3:.1f} ms, p99 {most * 1e3:.1f} ms, max {max(values) * 1e3:.1f} ms"
 
 
-def growth(samples: Sequence[float]) -> float:
-    """By which share a quantity has grown, from the first tenth of its samples to the last one; by their means.
+def ends(samples: Sequence[float]) -> tuple[float, float]:
+    """A quantity at its beginning and at its end: the means of the first tenth of its samples, and of the last one.
 
-    Not by medians: what has one of two values, by turns, has either as its median.
+    Not medians: what has one of two values, by turns, has either as its median.
 
     Raises:
         ValueError: fewer than two samples.
@@ -149,7 +149,12 @@ def growth(samples: Sequence[float]) -> float:
     if len(samples) < 2:
         raise ValueError(f"growth needs at least 2 samples, got {len(samples)}")
     tenth = max(1, len(samples) // 10)
-    first, last = (float(np.mean(part)) for part in (samples[:tenth], samples[-tenth:]))
+    return float(np.mean(samples[:tenth])), float(np.mean(samples[-tenth:]))
+
+
+def growth(samples: Sequence[float]) -> float:
+    """By which share a quantity has grown, from one of its `ends` to the other. Raises as `ends`."""
+    first, last = ends(samples)
     return last / first - 1 if first else 0.0
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from dsml_gpu.chaos.exercise import At, Stuck
 from dsml_gpu.chaos.fleets import OwnFleet
-from dsml_gpu.chaos.report import HANG, LOST, ON_ALL, RESTARTED, Outcome, Summary, growth
+from dsml_gpu.chaos.report import HANG, LOST, ON_ALL, RESTARTED, Outcome, Summary, ends, growth
 from dsml_gpu.chaos.traffic import Traffic
 from dsml_gpu.errors import InvalidValue
 
@@ -143,10 +143,10 @@ def _kill_one(fleet: OwnFleet, traffic: Traffic, number: int, rng: random.Random
 def _judge_growth(summary: Summary, samples: Iterable[tuple[str, Samples]]) -> None:
     for name, each in samples:
         for what, unit, values in (("memory", "KiB", each.resident_kib), ("open files", "", each.files)):
-            share = growth(values)
-            summary.extra.append(
-                (f"{what} of {name}", f"{share:+.1%} ({values[0]:.0f} -> {values[-1]:.0f} {unit}".rstrip() + ")")
-            )
+            share, (first, last) = growth(values), ends(values)
+            digits = 0 if unit else 1
+            said = f"{share:+.1%} ({first:.{digits}f} -> {last:.{digits}f} {unit}".rstrip() + ")"
+            summary.extra.append((f"{what} of {name}", said))
             slack = _FILES_OF_NOW if values is each.files else 0
-            if share > LARGEST_GROWTH + slack / values[0]:
+            if share > LARGEST_GROWTH + slack / first:
                 summary.problems.append(f"{what} of {name} grew by {share:.1%}; {LARGEST_GROWTH:.0%} is allowed")

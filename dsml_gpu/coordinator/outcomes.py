@@ -199,7 +199,10 @@ class Outcomes:
             log.exception("%s met a defect of the server", operation.method)
             error = InternalError(f"defect of the server: {type(defect).__name__}: {defect}")
         if error is not None:
-            self.keep(Outcome(operation.key, operation.comm_id, operation.method, refused=Refused.of(error)))
+            try:
+                self.keep(Outcome(operation.key, operation.comm_id, operation.method, refused=Refused.of(error)))
+            except InternalError as unkept:
+                log.error("the next coordinator will not know that %s has failed: %s", operation.method, unkept)
         failpoints.reach("outcomes.kept", method=operation.method)
         running.settle(answer, error)
 

@@ -88,21 +88,31 @@ class CoordinatorService:
     # ---- communicators ------------------------------------------------------------------------------------------------
 
     async def CommInit(self, request: pb.CommInitRequest, context: Any) -> pb.CommInitResponse:
+        created: list[Communicator] = []
+
+        async def run() -> pb.CommInitResponse:
+            comm = await self._comm_init(request)
+            created.append(comm)
+            devices = [handle.metadata for handle in comm.handles]
+            return pb.CommInitResponse(success=True, commId=comm.comm_id, devices=devices, lane=self.lane)
+
         def keep(answer: pb.CommInitResponse) -> None:
             self._comms.record(answer.commId, *self._choices(request))
 
-        return await self._once("CommInit", request, 0, context, lambda: self._comm_init(request), keep)
+        try:
+            return await self._once("CommInit", request, 0, context, run, keep)
+        except InternalError:
+            for comm in created:  # which could not be recorded, and nobody will know of
+                await asyncio.shield(self._comms.destroy(comm))
+            raise
 
-    async def _comm_init(self, request: pb.CommInitRequest) -> pb.CommInitResponse:
+    async def _comm_init(self, request: pb.CommInitRequest) -> Communicator:
         _check_number(request)
         if request.transport not in pb.Transport.values():
             raise InvalidValue(f"unknown transport {request.transport}; known: {', '.join(pb.Transport.keys())}")
         if request.onFailure not in pb.OnFailure.values():
             raise InvalidValue(f"unknown onFailure {request.onFailure}; known: {', '.join(pb.OnFailure.keys())}")
-        comm = await self._comms.create(request.numDevices, request.deviceIds, *self._choices(request))
-        return pb.CommInitResponse(
-            success=True, commId=comm.comm_id, devices=[handle.metadata for handle in comm.handles], lane=self.lane
-        )
+        return await self._comms.create(request.numDevices, request.deviceIds, *self._choices(request))
 
     def _choices(self, request: pb.CommInitRequest) -> tuple[int, int]:
         """Numbers of the transport and of ``enum OnFailure`` of a communicator."""

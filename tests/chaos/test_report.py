@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from dsml_gpu.chaos.report import AS_BEFORE, HANG, LOST, ON_ALL, RESTARTED, Outcome, Summary, growth, quantiles
+from dsml_gpu.chaos.report import AS_BEFORE, HANG, LOST, ON_ALL, RESTARTED, Outcome, Summary, ends, growth, quantiles
 
 
 def summary(*outcomes: Outcome, **limits_s: float) -> Summary:
@@ -66,6 +66,7 @@ def test_quantiles() -> None:
 
 
 def test_growth_is_of_the_ends() -> None:
+    assert ends([1.0, 3.0] * 10 + [5.0] * 20) == (2.0, 5.0)
     assert growth([100.0] * 50 + [103.0] * 50) == pytest.approx(0.03)
     assert growth([100, 100, 500, 100, 100]) == 0
     assert growth([90.0, 110.0] * 100) == pytest.approx(0)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,7 +14,7 @@ import pytest
 import dsml_gpu
 from dsml_gpu.cli.fleet import ServerProcess
 from dsml_gpu.coordinator.journal_file import FileJournal
-from dsml_gpu.coordinator.records import Round
+from dsml_gpu.coordinator.records import KnownCommunicator, Round
 from dsml_gpu.coordinator.server import CoordinatorConfig, CoordinatorServer
 from dsml_gpu.errors import InternalError
 from dsml_gpu.memory.shared import can_share
@@ -72,8 +72,38 @@ async def test_what_cannot_be_recorded_has_happened_or_has_not(
             comm.all_reduce(arrays)
             np.testing.assert_array_equal(arrays[1].get(), sum(now))
 
+    await with_coordinator(tmp_path, talk)
+
+
+@in_event_loop
+async def test_a_communicator_that_cannot_be_recorded_gives_its_devices_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    full = [True]
+    put_communicator = FileJournal.put_communicator
+
+    def fails_once(journal: FileJournal, one: KnownCommunicator) -> None:
+        if full:
+            full.clear()
+            raise InternalError("the journal cannot be written: the disk is full")
+        put_communicator(journal, one)
+
+    monkeypatch.setattr(FileJournal, "put_communicator", fails_once)
+
+    def talk(address: str) -> None:
+        with dsml_gpu.connect(address, timeout_s=20) as client:
+            with pytest.raises(InternalError, match="the disk is full"):
+                client.communicator(2)
+            with client.communicator(2) as comm:
+                comm.barrier()
+
+    await with_coordinator(tmp_path, talk)
+
+
+async def with_coordinator(folder: Path, talk: Callable[[str], None]) -> None:
+    """Has a client talk to a coordinator of this process, with a journal, over two device servers."""
     with devices(2) as addresses:
-        server = CoordinatorServer(CoordinatorConfig(port=0, devices=tuple(addresses), embedded=0, state=tmp_path / "state"))
+        server = CoordinatorServer(CoordinatorConfig(port=0, devices=tuple(addresses), embedded=0, state=folder / "state"))
         await server.start()
         try:
             with ThreadPoolExecutor(1) as pool:
