@@ -14,7 +14,7 @@ import numpy as np
 from dsml_gpu.client.host_arrays import as_host_array
 from dsml_gpu.client.rpc import CoordinatorConnection
 from dsml_gpu.client.shared_copies import SharedCopies
-from dsml_gpu.errors import AllocationNotFound, DsmlError, InvalidValue
+from dsml_gpu.errors import AllocationNotFound, DsmlError, InvalidValue, PeerUnavailable
 from dsml_gpu.wire import gpu_sim_pb2 as pb
 
 
@@ -40,6 +40,8 @@ class Device:
         self._connection = connection
         self._comm_id = comm_id
         self._has_ended = has_ended  # the communicator that this device, and what is allocated on it, belongs to
+        #: The communicator goes on without it. Whoever has its id now may have other things at its addresses.
+        self.is_behind = False
         self.become(metadata)
 
     def become(self, metadata: pb.DeviceMetadata) -> None:
@@ -88,13 +90,21 @@ class Device:
             raise
         return result
 
+    def _require_member(self) -> None:
+        if self.is_behind:
+            raise PeerUnavailable(
+                f"device {self.device_id} was left behind by communicator {self._comm_id}; what it had for it is gone"
+            )
+
     def _write(self, addr: int, data: np.ndarray) -> None:
-        """Copies host bytes (a uint8 array) to device memory."""
+        """Copies host bytes (a uint8 array) to device memory. Raises PeerUnavailable where that is not its own any more."""
+        self._require_member()
         if not self._shared.write(addr, data):
             self._connection.write(self.device_id, addr, data)
 
     def _read(self, addr: int, out: np.ndarray) -> None:
-        """Copies device memory to host memory (a uint8 array)."""
+        """Copies device memory to host memory (a uint8 array). Raises as `_write`."""
+        self._require_member()
         if not self._shared.read(addr, out):
             self._connection.read(self.device_id, addr, out)
 
@@ -170,8 +180,9 @@ class DeviceArray:
         return np.asarray(self.get(), dtype=dtype)
 
     def free(self) -> None:
-        """Gives the memory back. Idempotent, also where the communicator's end has freed it already."""
-        if self._freed or self.device._has_ended():
+        """Gives the memory back. Idempotent, also where it is not its own any more: the communicator has ended, or goes on
+        without the device."""
+        if self._freed or self.device._has_ended() or self.device.is_behind:
             return
         self._freed = True
         request = pb.FreeRequest(

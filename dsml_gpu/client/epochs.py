@@ -100,6 +100,8 @@ class Epochs:
             elif device.identity != (metadata.deviceId.value, metadata.processUid):
                 device.become(metadata)
             devices.append(device)
+        for device in self._seated.values():
+            device.is_behind = device not in devices
         self.present = self._known[told.epoch] = Members(told.epoch, tuple(devices))
 
     def left(self, arrays: Sequence[DeviceArray], name: str) -> list[DeviceArray]:

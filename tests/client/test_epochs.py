@@ -43,9 +43,10 @@ def test_devices_become_those_that_have_taken_their_places(epochs: Epochs, now: 
 
 
 def test_who_is_left_is_the_same_as_before(epochs: Epochs) -> None:
-    _, second, third = epochs.present.devices
+    first, second, third = epochs.present.devices
     epochs.follow(status(2, {1: metadata(2), 2: metadata(3)}))
     assert epochs.present.devices == (second, third)
+    assert (first.is_behind, second.is_behind) == (True, False)
 
 
 def test_who_comes_in_is_no_other_one(epochs: Epochs) -> None:

@@ -234,3 +234,28 @@ def test_a_closed_communicator_stays_closed() -> None:
         with pytest.raises(CommNotReady):
             comm.all_reduce(arrays)
         comm.close()
+
+
+def test_arrays_on_a_device_that_was_left_behind_are_not_what_it_has_now(tmp_path: Path) -> None:
+    """Its server is started again, and another communicator takes it."""
+    with running(tmp_path, "device", "--id", "1") as one, running(tmp_path, "device", "--id", "2") as two:
+        options = ["--device", one.address, "--device", two.address, "--embedded", "0"]
+        with running(tmp_path, "coordinator", *options) as coordinator, dsml_gpu.connect(coordinator.address) as client:
+            comm = client.communicator(2)
+            arrays = comm.array([np.ones(ELEMENTS)] * 2)
+            two.process.kill()
+            two.process.wait()
+            result = comm.all_reduce(arrays)
+            assert result is not None
+            assert result.device_ids == (1,)
+            with (
+                running(tmp_path, "device", "--id", "2", "--port", two.address.rpartition(":")[2]),
+                waiting_for_device(client, 2),
+                client.communicator(device_ids=[2]) as other,
+            ):
+                (theirs,) = other.array([np.full(ELEMENTS, 7.0)])
+                for use in (arrays[1].get, lambda: arrays[1].set(np.zeros(ELEMENTS))):
+                    with pytest.raises(PeerUnavailable, match="device 2 was left behind"):
+                        use()
+                arrays[1].free()
+                assert (theirs.get() == 7).all()
