@@ -16,6 +16,7 @@ from dsml_gpu.memory.backend import NUMPY, Backend
 from dsml_gpu.wire.lane import LaneServer
 from dsml_gpu.wire.server import RpcServer
 from dsml_gpu.wire.stubs import DEFAULT_MAX_MESSAGE_BYTES
+from dsml_gpu.wire.trim import RegularTrim
 
 #: Embedded devices that a coordinator without configured ones makes on demand.
 DEFAULT_EMBEDDED_LIMIT = 1024
@@ -62,6 +63,7 @@ class CoordinatorServer:
     def __init__(self, config: CoordinatorConfig) -> None:
         self.config = config
         self.rpc = RpcServer(config.host, config.port, config.max_message_bytes)
+        self._trim = RegularTrim()
 
     @property
     def address(self) -> str:
@@ -96,10 +98,12 @@ class CoordinatorServer:
         self._service.lane = self._lane.name
         servicers = {"GPUCoordinator": self._service, "GPUDevice": devices}
         await self.rpc.start(servicers, config.settings.stall_timeout_s)
+        self._trim.start()
 
     async def stop(self, drain_s: float = 10.0) -> None:
         """Drains, takes leave of all devices, and stops."""
         deadline = asyncio.get_running_loop().time() + drain_s
+        self._trim.stop()
         # These calls would be waited for, which end with nothing else.
         self._service.end_registrations()
         self._devices.progress.end()

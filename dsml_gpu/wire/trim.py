@@ -99,7 +99,38 @@ class MessageMemory:
 
     def _trim(self) -> None:
         self._since_trim = 0
-        if _malloc_trim is not None:
-            with suppress(RuntimeError):  # the event loop is ending, and its threads have
-                # In a thread: it takes some 0.1 s after 1 GiB.
-                asyncio.get_running_loop().run_in_executor(None, _malloc_trim, 0)
+        _give_back()
+
+
+class RegularTrim:
+    """Gives memory back from time to time, whatever has passed. Used from one event loop.
+
+    For a coordinator: many small messages, and what it remembers between them, leave gaps in the heap that grow for hours.
+
+    Args:
+        interval_s: between two times.
+    """
+
+    def __init__(self, interval_s: float = 30.0) -> None:
+        self._interval_s = interval_s
+        self._timer: asyncio.TimerHandle | None = None
+
+    def start(self) -> None:
+        """From now on, until `stop`."""
+        self._timer = asyncio.get_running_loop().call_later(self._interval_s, self._trim)
+
+    def stop(self) -> None:
+        """Idempotent."""
+        if self._timer is not None:
+            self._timer.cancel()
+
+    def _trim(self) -> None:
+        _give_back()
+        self.start()
+
+
+def _give_back() -> None:
+    if _malloc_trim is not None:
+        with suppress(RuntimeError):  # the event loop is ending, and its threads have
+            # In a thread: it takes some 0.1 s after 1 GiB.
+            asyncio.get_running_loop().run_in_executor(None, _malloc_trim, 0)

@@ -90,3 +90,18 @@ def test_small_calls_give_nothing_back(trims: list[int]) -> None:
         assert memory._timer is None
 
     asyncio.run(scenario())
+
+
+def test_memory_is_given_back_from_time_to_time_until_that_is_stopped(trims: list[int]) -> None:
+    async def scenario() -> None:
+        regular = trim.RegularTrim(0.001)
+        regular.stop()
+        regular.start()
+        await until_trimmed(trims, 3)
+        regular.stop()
+        await asyncio.sleep(0.01)  # what is under way
+        before = len(trims)
+        await asyncio.sleep(0.02)
+        assert len(trims) == before
+
+    asyncio.run(scenario())
