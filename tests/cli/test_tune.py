@@ -14,6 +14,7 @@ from dsml_gpu.cli.main import app
 from dsml_gpu.client import connect
 from dsml_gpu.schedules import algorithms_of
 from dsml_gpu.schedules.cost_model import DEFAULT_COST_MODEL, LINKS_ONLY, CostModel
+from tests.support.processes import run_to_end
 
 
 def run(*arguments: str) -> Result:
@@ -92,9 +93,10 @@ def test_one_device_cannot_be_tuned() -> None:
 def test_a_broken_model_file_is_refused(tmp_path: Path) -> None:
     file = tmp_path / "model.json"
     file.write_text("[]")
-    result = run("coordinator", "--port", "0", "--cost-model", str(file))
-    assert result.exit_code == 1
-    assert "a cost model must be a JSON object" in result.output
+    # A process of its own: a server's command sets up the process that it is called in.
+    ended = run_to_end("coordinator", "--port", "0", "--cost-model", str(file))
+    assert ended.returncode == 1
+    assert "a cost model must be a JSON object" in ended.stderr
 
 
 @pytest.mark.parametrize(
