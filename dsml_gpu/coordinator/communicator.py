@@ -323,14 +323,16 @@ class Communicator:
         try:
             async with turn:
                 started_ns = time.perf_counter_ns()
-                await self._run_all(asked[progress.calls :], done, lost, progress, record)
+                try:
+                    await self._run_all(asked[progress.calls :], done, lost, progress, record)
+                except BaseException:
+                    progress.give_up()
+                    raise
                 elapsed_ns = time.perf_counter_ns() - started_ns
         except asyncio.CancelledError:
-            progress.give_up()
             self._last_status, self._last_message = pb.FAILED, f"{what}: cancelled by the caller"
             raise
         except DsmlError as error:
-            progress.give_up()
             is_named = isinstance(error, (HeldUp, HeldUpByLost))
             named = error if is_named else type(error)(f"{what}: {error}")
             self._last_status, self._last_message = pb.FAILED, str(named)
@@ -339,7 +341,6 @@ class Communicator:
                 raise
             raise named from error
         except Exception as error:
-            progress.give_up()
             self._last_status, self._last_message = pb.FAILED, f"{what}: defect of the server: {error!r}"
             log.exception("%s met a defect of the server", what)
             raise

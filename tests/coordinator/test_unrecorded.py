@@ -14,13 +14,27 @@ import pytest
 import dsml_gpu
 from dsml_gpu.cli.fleet import ServerProcess
 from dsml_gpu.coordinator.journal_file import FileJournal
-from dsml_gpu.coordinator.records import KnownCommunicator, Round
 from dsml_gpu.coordinator.server import CoordinatorConfig, CoordinatorServer
 from dsml_gpu.errors import InternalError
 from dsml_gpu.memory.shared import can_share
 from tests.support.in_this_process import in_event_loop
 
 ELEMENTS = 60_000
+
+
+def fails_once(monkeypatch: pytest.MonkeyPatch, method: str) -> list[bool]:
+    """A method of journals fails when it is called for the first time; returns what is empty from then on."""
+    full = [True]
+    put = getattr(FileJournal, method)
+
+    def put_or_fail(journal: FileJournal, one: object) -> None:
+        if full:
+            full.clear()
+            raise InternalError("the journal cannot be written: the disk is full")
+        put(journal, one)
+
+    monkeypatch.setattr(FileJournal, method, put_or_fail)
+    return full
 
 
 @contextmanager
@@ -45,16 +59,7 @@ async def test_what_cannot_be_recorded_has_happened_or_has_not(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, transport: str, happens: bool
 ) -> None:
     """On all ranks. What can be undone is; over shared memory it cannot be, and then it has happened."""
-    full = [True]
-    put_round = FileJournal.put_round
-
-    def fails_once(journal: FileJournal, one: Round) -> None:
-        if full:
-            full.clear()
-            raise InternalError("the journal cannot be written: the disk is full")
-        put_round(journal, one)
-
-    monkeypatch.setattr(FileJournal, "put_round", fails_once)
+    full = fails_once(monkeypatch, "put_round")
     before = [np.arange(ELEMENTS) * 10**rank for rank in range(2)]
 
     def talk(address: str) -> None:
@@ -79,21 +84,13 @@ async def test_what_cannot_be_recorded_has_happened_or_has_not(
 async def test_a_communicator_that_cannot_be_recorded_gives_its_devices_back(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    full = [True]
-    put_communicator = FileJournal.put_communicator
-
-    def fails_once(journal: FileJournal, one: KnownCommunicator) -> None:
-        if full:
-            full.clear()
-            raise InternalError("the journal cannot be written: the disk is full")
-        put_communicator(journal, one)
-
-    monkeypatch.setattr(FileJournal, "put_communicator", fails_once)
+    full = fails_once(monkeypatch, "put_communicator")
 
     def talk(address: str) -> None:
         with dsml_gpu.connect(address, timeout_s=20) as client:
             with pytest.raises(InternalError, match="the disk is full"):
                 client.communicator(2)
+            assert not full
             with client.communicator(2) as comm:
                 comm.barrier()
 
